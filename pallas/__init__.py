@@ -1,0 +1,5 @@
+"""Kernels: each op has one api with `implementation=`, an XLA reference, and its GPU kernels."""
+
+from vptq_jax.pallas.vq_matmul import vq_matmul
+
+__all__ = ["vq_matmul"]

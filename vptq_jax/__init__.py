@@ -1,0 +1,1 @@
+"""Vector post-training quantization (VPTQ) of language models in JAX."""

@@ -1,0 +1,241 @@
+"""`VQArray`: one quantized weight matrix as a pytree of packed indices and codebooks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt
+
+from vptq_jax.packing import pack_indices, unpack_indices
+from vptq_jax.spec import VQLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class VQArray:
+    """A weight [out_features, in_features] in VPTQ form.
+
+    In permuted column order, with column c = outlier_size + g * group_size + j:
+
+        Wp[r*v + d, c] = codebook[g, main[g, r, j], d] + res_codebook[g, residual[g, r, j], d]
+        Wp[r*ov + d, c] = outlier_codebook[outlier_indices[r, c], d]        (c < outlier_size)
+        W[:, perm[c]] = Wp[:, c] * scale[perm[c]] + offset[perm[c]]
+
+    Attributes:
+        indices: packed main and residual indices, uint32 [G, num_vectors, words]; see
+            `vptq_jax.packing` for the bit order.
+        codebook: float [G, k, v].
+        res_codebook: float [G, k_r, v], or None.
+        outlier_indices: uint16 [num_outlier_vectors, outlier_size], or None.
+        outlier_codebook: float [outlier centroids, outlier_vector_len], or None.
+        scale: float [in_features] in original column order, or None.
+        offset: float [in_features] in original column order, or None.
+        perm: int32 [in_features], original column of each permuted column, or None.
+        layout: the static shape facts.
+    """
+
+    indices: UInt[Array, "G n words"]
+    codebook: Float[Array, "G k v"]
+    res_codebook: Float[Array, "G kr v"] | None
+    outlier_indices: UInt[Array, "on oc"] | None
+    outlier_codebook: Float[Array, "ok ov"] | None
+    scale: Float[Array, "in"] | None
+    offset: Float[Array, "in"] | None
+    perm: Int[Array, "in"] | None
+    layout: VQLayout
+
+    @classmethod
+    def from_indices(
+        cls,
+        layout: VQLayout,
+        main: UInt[Array, "G n gs"],
+        residual: UInt[Array, "G n gs"] | None,
+        codebook: Float[Array, "G k v"],
+        res_codebook: Float[Array, "G kr v"] | None = None,
+        *,
+        outlier_indices: UInt[Array, "on oc"] | None = None,
+        outlier_codebook: Float[Array, "ok ov"] | None = None,
+        scale: Float[Array, "in"] | None = None,
+        offset: Float[Array, "in"] | None = None,
+        perm: Int[Array, "in"] | None = None,
+    ) -> VQArray:
+        """Packs plain indices; pure and jit-friendly."""
+        return cls(
+            indices=pack_indices(main, residual, layout.index_bits, layout.res_index_bits),
+            codebook=codebook,
+            res_codebook=res_codebook,
+            outlier_indices=None if outlier_indices is None else outlier_indices.astype(jnp.uint16),
+            outlier_codebook=outlier_codebook,
+            scale=scale,
+            offset=offset,
+            perm=None if perm is None else perm.astype(jnp.int32),
+            layout=layout,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.layout.out_features, self.layout.in_features
+
+    @property
+    def dtype(self) -> Any:
+        """dtype of the codebook."""
+        return self.codebook.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of everything: indices, codebooks, scale, offset and permutation."""
+        total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+        if self.perm is not None and self.layout.in_features <= 1 << 16:
+            total -= 2 * self.layout.in_features  # stored as uint16 on disk
+        return total
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, everything included, over the number of weights."""
+        return 8 * self.nbytes / (self.layout.out_features * self.layout.in_features)
+
+    def unpack(self) -> tuple[UInt[Array, "G n gs"], UInt[Array, "G n gs"] | None]:
+        """Main and residual indices, uint32 [G, num_vectors, group_size]."""
+        return unpack_indices(
+            self.indices, self.layout.group_size, self.layout.index_bits, self.layout.res_index_bits
+        )
+
+    def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "out in"]:
+        """The dense weight [out_features, in_features], computed in float32, returned in `dtype`."""
+        columns = self.permuted_columns()
+        if self.perm is not None:
+            columns = jnp.zeros_like(columns).at[:, self.perm].set(columns, unique_indices=True)
+        if self.scale is not None:
+            columns = columns * self.scale.astype(jnp.float32)
+        if self.offset is not None:
+            columns = columns + self.offset.astype(jnp.float32)
+        return columns.astype(dtype)
+
+    def permuted_columns(self) -> Float[Array, "out in"]:
+        """Decoded vectors in permuted column order, before scale and offset; float32."""
+        main, residual = self.unpack()
+        vectors = _gather(self.codebook, main)
+        if residual is not None:
+            assert self.res_codebook is not None
+            vectors = vectors + _gather(self.res_codebook, residual)
+        groups, rows, size, length = vectors.shape
+        # [G, n, gs, v] -> [n, v, G, gs] -> [n*v, G*gs]
+        columns = vectors.transpose(1, 3, 0, 2).reshape(rows * length, groups * size)
+        columns = columns[: self.layout.out_features]
+        if self.outlier_indices is not None:
+            assert self.outlier_codebook is not None
+            outliers = _gather(self.outlier_codebook[None], self.outlier_indices[None])[0]
+            outliers = outliers.transpose(0, 2, 1).reshape(-1, self.layout.outlier_size)
+            columns = jnp.concatenate([outliers[: self.layout.out_features], columns], axis=1)
+        return columns
+
+    def take_rows(self, rows: Int[Array, "*batch"], dtype: Any = jnp.float32) -> Float[Array, "*batch in"]:
+        """Rows of the dense weight without decoding the rest (an embedding lookup)."""
+        layout = self.layout
+        unpacked = unpack_indices(
+            self.indices[:, rows // layout.vector_len], layout.group_size, layout.index_bits, layout.res_index_bits
+        )
+
+        def component(codebook: Array, index: Array, within: Array) -> Array:
+            groups = jnp.arange(codebook.shape[0]).reshape(-1, *[1] * rows.ndim, 1)
+            return codebook.astype(jnp.float32)[groups, index, within[None, ..., None]]
+
+        within = rows % layout.vector_len
+        values = component(self.codebook, unpacked[0], within)
+        if unpacked[1] is not None:
+            assert self.res_codebook is not None
+            values = values + component(self.res_codebook, unpacked[1], within)
+        values = jnp.moveaxis(values, 0, -2).reshape(*rows.shape, -1)
+        if self.outlier_indices is not None:
+            assert self.outlier_codebook is not None
+            length = layout.outlier_vector_len
+            outliers = component(
+                self.outlier_codebook[None], self.outlier_indices[rows // length][None], rows % length
+            )[0]
+            values = jnp.concatenate([outliers, values], axis=-1)
+        if self.perm is not None:
+            values = jnp.zeros_like(values).at[..., self.perm].set(values, unique_indices=True)
+        if self.scale is not None:
+            values = values * self.scale.astype(jnp.float32)
+        if self.offset is not None:
+            values = values + self.offset.astype(jnp.float32)
+        return values.astype(dtype)
+
+    def validate(self, name: str = "VQArray") -> VQArray:
+        """Checks shapes, dtypes, finiteness and index ranges on the host; returns self.
+
+        Raises:
+            ValueError: all problems found, each naming the tensor, what was found and what was expected.
+        """
+        problems = _problems(self)
+        if problems:
+            raise ValueError(f"{name} is not a valid quantized weight:\n" + "\n".join(f"  {p}" for p in problems))
+        return self
+
+
+jax.tree_util.register_dataclass(
+    VQArray,
+    data_fields=[
+        "indices", "codebook", "res_codebook", "outlier_indices", "outlier_codebook", "scale", "offset", "perm",
+    ],
+    meta_fields=["layout"],
+)  # fmt: skip
+
+
+def _gather(codebook: Float[Array, "G k v"], index: UInt[Array, "G n m"]) -> Float[Array, "G n m v"]:
+    groups = jnp.arange(codebook.shape[0])[:, None, None]
+    return codebook.astype(jnp.float32)[groups, index]
+
+
+def expected_shapes(layout: VQLayout, *, normalize: bool, permute: bool) -> dict[str, tuple[int, ...] | None]:
+    """Shape of every field of a `VQArray` (None: the field is None)."""
+    groups, length = layout.num_groups, layout.vector_len
+    columns = (layout.in_features,)
+    outliers = bool(layout.outlier_size)
+    return {
+        "indices": (groups, layout.num_vectors, layout.packed_words),
+        "codebook": (groups, layout.num_centroids, length),
+        "res_codebook": (groups, layout.num_res_centroids, length) if layout.num_res_centroids else None,
+        "outlier_indices": (layout.num_outlier_vectors, layout.outlier_size) if outliers else None,
+        "outlier_codebook": (layout.num_outlier_centroids, layout.outlier_vector_len) if outliers else None,
+        "scale": columns if normalize else None,
+        "offset": columns if normalize else None,
+        "perm": columns if permute else None,
+    }
+
+
+_KINDS = {"indices": np.uint32, "outlier_indices": np.uint16, "perm": np.integer}
+
+
+def _problems(array: VQArray) -> list[str]:
+    shapes = expected_shapes(
+        array.layout, normalize=array.scale is not None, permute=array.perm is not None
+    )
+    problems = []
+    for field, shape in shapes.items():
+        value = getattr(array, field)
+        found = None if value is None else tuple(value.shape)
+        if found != shape:
+            problems.append(f"{field}: found shape {found}, expected {shape}")
+        elif value is not None:
+            kind = _KINDS.get(field, jnp.floating)
+            if not jnp.issubdtype(value.dtype, kind):
+                problems.append(f"{field}: found dtype {value.dtype}, expected {kind.__name__}")
+            elif kind is jnp.floating and not bool(jnp.isfinite(value).all()):
+                problems.append(f"{field}: holds NaN or infinite values, expected finite ones")
+    if problems:
+        return problems
+    if array.perm is not None and not np.array_equal(np.sort(np.asarray(array.perm)), np.arange(array.shape[1])):
+        problems.append(f"perm: not a permutation of 0 .. {array.shape[1] - 1}")
+    if array.outlier_indices is not None:
+        top = int(np.max(np.asarray(array.outlier_indices)))
+        if top >= array.layout.num_outlier_centroids:
+            problems.append(
+                f"outlier_indices: found index {top}, expected at most {array.layout.num_outlier_centroids - 1}"
+            )
+    # Packed indices cannot exceed a power-of-two codebook: their bit width is log2(k).
+    return problems

@@ -1,0 +1,1 @@
+"""VPTQ as pure functions of arrays, and the driver that runs them over a model."""
