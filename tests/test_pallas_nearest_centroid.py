@@ -1,0 +1,102 @@
+"""`nearest_centroid` against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vptq_jax.pallas import nearest_centroid
+
+
+def _float64_search(vectors, codebook):
+    vectors, codebook = np.asarray(vectors, np.float64), np.asarray(codebook, np.float64)
+    distances = ((vectors[:, None] - codebook[None]) ** 2).sum(-1)
+    return distances.argmin(1), distances
+
+
+def _check(vectors, codebook, index, distance):
+    expected, distances = _float64_search(vectors, codebook)
+    index, distance = np.asarray(index), np.asarray(distance)
+    assert index.dtype == np.int32
+    assert distance.dtype == np.float32
+    assert (index == expected).mean() >= 0.999
+    rows = np.arange(len(index))
+    np.testing.assert_allclose(distances[rows, index], distances[rows, expected], rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(distance, distances[rows, index], rtol=1e-5, atol=1e-12)
+
+
+def _data(n, k, v, seed=0, shift=0.5):
+    rng = np.random.default_rng(seed)
+    return (
+        jnp.asarray(shift + 0.1 * rng.standard_normal((n, v)), jnp.float32),
+        jnp.asarray(shift + 0.1 * rng.standard_normal((k, v)), jnp.float32),
+    )
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(n=st.integers(1, 300), k=st.integers(1, 300), v=st.integers(1, 17), seed=st.integers(0, 99))
+def test_agrees_with_float64(n, k, v, seed):
+    vectors, codebook = _data(n, k, v, seed)
+    _check(vectors, codebook, *jax.jit(nearest_centroid)(vectors, codebook))
+
+
+def test_many_blocks():
+    vectors, codebook = _data(5000, 2500, 6)
+    _check(vectors, codebook, *jax.jit(nearest_centroid)(vectors, codebook))
+
+
+def test_lowest_index_wins_a_tie():
+    vectors, codebook = _data(64, 700, 4)
+    doubled = jnp.concatenate([codebook, codebook, codebook])
+    index, _ = nearest_centroid(vectors, doubled)
+    assert int(index.max()) < 700
+
+
+def test_vmap_is_a_loop():
+    vectors, codebook = _data(96, 40, 8)
+    batched = jax.vmap(nearest_centroid)(vectors.reshape(3, 32, 8), jnp.stack([codebook, codebook + 0.1, codebook]))
+    for b, shift in enumerate((0.0, 0.1, 0.0)):
+        single = nearest_centroid(vectors[32 * b : 32 * (b + 1)], codebook + shift)
+        np.testing.assert_array_equal(batched[0][b], single[0])
+        np.testing.assert_allclose(batched[1][b], single[1], rtol=1e-6)
+
+
+def test_memory_stays_far_below_all_distances():
+    n, k = 100_000, 65_536
+    shapes = (jax.ShapeDtypeStruct((n, 8), jnp.float32), jax.ShapeDtypeStruct((k, 8), jnp.float32))
+    memory = jax.jit(nearest_centroid).lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 64 << 20
+
+
+def test_no_vectors():
+    index, distance = nearest_centroid(jnp.zeros((0, 4)), jnp.zeros((3, 4)))
+    assert index.shape == distance.shape == (0,)
+
+
+def test_nan_never_gives_an_index_out_of_range():
+    vectors, codebook = _data(8, 16, 4)
+    index, distance = nearest_centroid(vectors.at[3].set(jnp.nan), codebook)
+    assert int(index.min()) >= 0
+    assert int(index.max()) < 16
+    assert bool(jnp.isnan(distance[3]))
+
+
+@pytest.mark.parametrize(
+    ("vectors", "codebook", "message"),
+    [
+        (jnp.zeros((3, 4)), jnp.zeros((5, 2)), "same v"),
+        (jnp.zeros(4), jnp.zeros((5, 4)), "expected"),
+        (jnp.zeros((3, 4)), jnp.zeros((0, 4)), "empty"),
+        (jnp.zeros((3, 4), jnp.int32), jnp.zeros((5, 4)), "floating"),
+    ],
+)
+def test_bad_input_is_named(vectors, codebook, message):
+    with pytest.raises(ValueError, match=message):
+        nearest_centroid(vectors, codebook)
+
+
+def test_unknown_implementation():
+    with pytest.raises(NotImplementedError, match="xla"):
+        nearest_centroid(jnp.zeros((3, 4)), jnp.zeros((5, 4)), implementation="magic")
