@@ -100,9 +100,7 @@ class VQArray:
 
     def unpack(self) -> tuple[UInt[Array, "G n gs"], UInt[Array, "G n gs"] | None]:
         """Main and residual indices, uint32 [G, num_vectors, group_size]."""
-        return unpack_indices(
-            self.indices, self.layout.group_size, self.layout.index_bits, self.layout.res_index_bits
-        )
+        return unpack_indices(self.indices, self.layout.group_size, self.layout.index_bits, self.layout.res_index_bits)
 
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "out in"]:
         """The dense weight [out_features, in_features], computed in float32, returned in `dtype`."""
@@ -212,9 +210,7 @@ _KINDS = {"indices": np.uint32, "outlier_indices": np.uint16, "perm": np.integer
 
 
 def _problems(array: VQArray) -> list[str]:
-    shapes = expected_shapes(
-        array.layout, normalize=array.scale is not None, permute=array.perm is not None
-    )
+    shapes = expected_shapes(array.layout, normalize=array.scale is not None, permute=array.perm is not None)
     problems = []
     for field, shape in shapes.items():
         value = getattr(array, field)

@@ -45,7 +45,8 @@ def pack_indices(
     """
     bits = _check_bits(index_bits, res_bits)
     if (residual is None) != (res_bits == 0):
-        raise ValueError(f"residual indices are {'missing' if residual is None else 'given'} but res_bits is {res_bits}")
+        found = "missing" if residual is None else "given"
+        raise ValueError(f"residual indices are {found} but res_bits is {res_bits}")
     entries = main.astype(jnp.uint32)
     if residual is not None:
         entries = entries | (residual.astype(jnp.uint32) << index_bits)

@@ -36,7 +36,8 @@ class Linear(nnx.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return self.weight.shape
+        out_features, in_features = self.weight[...].shape
+        return out_features, in_features
 
 
 class VQLinear(nnx.Module):
