@@ -1,0 +1,136 @@
+"""The community's Hessian files: `{layer}_{qkv|o|up|down}.pt`, as published for many models by the makers of QuIP#.
+
+Each holds `flatH`, the lower triangle of the centred second moment row by row, `mu`, the mean of the inputs,
+`n`, their number of features, and `ct`, the number of tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from vptq_jax.quantize.hessian import Hessians
+
+_MODULES = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+_FILE = re.compile(r"(?P<layer>\d+)_(?P<part>qkv|o|up|down)\.pt")
+
+
+def load_hessian_files(
+    directory: str | os.PathLike[str], *, num_layers: int | None = None, damping: float = 0.01
+) -> Hessians:
+    """Reads a directory of community Hessian files (needs `torch`); each file is read when its H is asked for.
+
+    H is the lower triangle mirrored plus mu mu^T, divided by its mean diagonal, with `damping` added to the
+    diagonal, as the format prescribes (the loaders of QuIP# and VPTQ).
+
+    Args:
+        directory: where the `.pt` files lie.
+        num_layers: decoder layers of the model; None takes the highest number found.
+        damping: share of the mean diagonal that is added to the diagonal.
+
+    Raises:
+        ImportError: torch is not installed.
+        FileNotFoundError: there is no such file in the directory, or files of some layers are missing.
+        ValueError: (at access) a file is damaged, of the wrong size or not finite.
+    """
+    _torch()
+    directory = Path(directory)
+    found = {match["layer"] + "_" + match["part"] for match in map(_FILE.fullmatch, _names(directory)) if match}
+    if not found:
+        raise FileNotFoundError(f"no Hessian files in {directory}; expected names such as 0_qkv.pt, 0_o.pt, 0_up.pt")
+    if num_layers is None:
+        num_layers = 1 + max(int(name.split("_")[0]) for name in found)
+    files, modules = {}, {}
+    for layer in range(num_layers):
+        for part, names in _MODULES.items():
+            paths = [f"model.layers.{layer}.{name}" for name in names]
+            files[paths[0]] = directory / f"{layer}_{part}.pt"
+            modules[paths[0]] = dict.fromkeys(paths, "")
+    missing = [file.name for file in files.values() if file.stem not in found]
+    if missing:
+        raise FileNotFoundError(
+            f"{directory} misses {len(missing)} of {len(files)} Hessian files for {num_layers} layers: "
+            + ", ".join(missing[:8])
+            + (", ..." if len(missing) > 8 else "")
+        )
+    first = next(iter(files.values()))
+    return Hessians(_Regularized(files, damping), modules, int(_read(first)["ct"]))
+
+
+class _Regularized(Mapping):
+    """Dense float32 Hessians, each made from its file at access."""
+
+    def __init__(self, files: dict[str, Path], damping: float):
+        self.files, self.damping = files, damping
+
+    def __getitem__(self, key: str) -> Float[np.ndarray, "in in"]:
+        return regularize(_dense(self.files[key]), self.damping)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def regularize(hessian: Float[np.ndarray, "in in"], damping: float) -> Float[np.ndarray, "in in"]:
+    """H over its mean diagonal, plus `damping` on the diagonal."""
+    scaled = hessian / np.diagonal(hessian).mean()
+    return scaled + damping * np.eye(len(scaled), dtype=scaled.dtype)
+
+
+def _dense(file: Path) -> Float[np.ndarray, "in in"]:
+    content = _read(file)
+    size = int(content["n"])
+    lower, mean = (np.asarray(content[name].double().numpy()) for name in ("flatH", "mu"))
+    for name, value, expected in (("flatH", lower, size * (size + 1) // 2), ("mu", mean, size)):
+        if value.shape != (expected,):
+            raise ValueError(f"{file}: {name} has shape {list(value.shape)}, expected [{expected}] for n = {size}")
+        if not np.isfinite(value).all():
+            raise ValueError(f"{file}: {name} holds NaN or infinite values, expected finite ones; get the file again")
+    hessian = np.zeros((size, size))
+    hessian[np.tril_indices(size)] = lower
+    hessian += np.tril(hessian, -1).T + np.outer(mean, mean)
+    if not np.diagonal(hessian).mean() > 0:
+        raise ValueError(f"{file}: the mean diagonal of H is {np.diagonal(hessian).mean():g}, expected above 0")
+    return hessian.astype(np.float32)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    torch = _torch()
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} is not a Hessian file that can be read safely: {error}") from None
+    expected = ("flatH", "mu", "n", "ct")
+    if not isinstance(content, dict) or any(name not in content for name in expected):
+        names = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{file} holds {names}, expected a dictionary with {', '.join(expected)}")
+    return content
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory)) if directory.is_dir() else []
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(
+            "reading .pt Hessian files needs PyTorch, which is not installed: "
+            "pip install torch --index-url https://download.pytorch.org/whl/cpu"
+        ) from None
+    return torch
