@@ -1,0 +1,97 @@
+"""Hessian-weighted k-means (paper section 3.2), jitted, deterministic under its key."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from vptq_jax.pallas.nearest_centroid import nearest_centroid
+
+_MOVEMENT_TOLERANCE = 1e-4  # Of the weighted loss: an iteration that gains less than this share is the last.
+_MAX_RESEEDS = 256  # Empty clusters filled in one iteration.
+
+
+@functools.partial(jax.jit, static_argnames=("num_centroids", "iterations"))
+def kmeans(
+    vectors: Float[Array, "n v"],
+    weights: Float[Array, " n"],
+    *,
+    num_centroids: int,
+    iterations: int,
+    key: Array,
+) -> tuple[Float[Array, "k v"], Float[Array, " iterations"]]:
+    """Lloyd's algorithm on weighted vectors.
+
+    Starts from distinct random vectors among those with weight. An empty cluster takes the vector
+    that costs most (weight times squared distance). Stops early when the loss no longer falls.
+
+    Args:
+        vectors: float32 [n, v], n >= num_centroids.
+        weights: float32 [n], >= 0; vectors of weight 0 have no influence.
+        num_centroids: k.
+        iterations: Lloyd iterations at most.
+        key: PRNG key of the starting centroids.
+
+    Returns:
+        (centroids [k, v], weighted loss before each iteration [iterations], NaN where not run).
+    """
+    scores = jnp.where(weights > 0, jax.random.gumbel(key, weights.shape), -jnp.inf)
+    start = vectors[lax.top_k(scores, num_centroids)[1]]
+
+    def running(state: tuple[Array, Array, Array]) -> Array:
+        i, _, losses = state
+        before, last = losses[jnp.maximum(i - 2, 0)], losses[jnp.maximum(i - 1, 0)]
+        return (i < iterations) & ((i < 2) | (before - last > _MOVEMENT_TOLERANCE * before))
+
+    def iterate(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        i, centroids, losses = state
+        centroids, loss = lloyd_step(vectors, weights, centroids)
+        return i + 1, centroids, losses.at[i].set(loss)
+
+    losses = jnp.full(iterations, jnp.nan)
+    _, centroids, losses = lax.while_loop(running, iterate, (jnp.zeros((), jnp.int32), start, losses))
+    return centroids, losses
+
+
+def lloyd_step(
+    vectors: Float[Array, "n v"], weights: Float[Array, " n"], centroids: Float[Array, "k v"]
+) -> tuple[Float[Array, "k v"], Float[Array, ""]]:
+    """One iteration: assign, move to the weighted means, re-seed what is empty.
+
+    Returns:
+        (new centroids, weighted loss of the old ones).
+    """
+    index, distance = nearest_centroid(vectors, centroids)
+    cost = weights * distance
+    mass, means = weighted_means(vectors, weights, index, centroids)
+    return _reseed(vectors, cost, mass, means), cost.sum()
+
+
+def weighted_means(
+    vectors: Float[Array, "n v"], weights: Float[Array, " n"], index: Int[Array, " n"], centroids: Float[Array, "k v"]
+) -> tuple[Float[Array, " k"], Float[Array, "k v"]]:
+    """(mass, weighted mean) of each cluster; clusters without mass keep their centroid."""
+    count = centroids.shape[0]
+    mass = jax.ops.segment_sum(weights, index, count)
+    # Means of offsets from the old centroid: exact when nothing moves, and less cancellation.
+    shift = jax.ops.segment_sum(weights[:, None] * (vectors - centroids[index]), index, count)
+    tiny = jnp.finfo(jnp.float32).tiny
+    return mass, centroids + jnp.where(mass[:, None] > tiny, shift / jnp.maximum(mass, tiny)[:, None], 0)
+
+
+def _reseed(
+    vectors: Float[Array, "n v"], cost: Float[Array, " n"], mass: Float[Array, " k"], centroids: Float[Array, "k v"]
+) -> Float[Array, "k v"]:
+    count = min(_MAX_RESEEDS, centroids.shape[0], vectors.shape[0])
+
+    def fill(centroids: Array) -> Array:
+        worst_cost, worst = lax.top_k(cost, count)
+        empty_score, empty = lax.top_k((mass <= 0).astype(jnp.float32), count)
+        use = (empty_score > 0) & (worst_cost > 0)
+        return centroids.at[empty].set(jnp.where(use[:, None], vectors[worst], centroids[empty]))
+
+    return lax.cond((mass <= 0).any(), fill, lambda centroids: centroids, centroids)

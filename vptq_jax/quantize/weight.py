@@ -1,0 +1,300 @@
+"""`quantize_weight`: one weight matrix and its Hessian in, one `VQArray` out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vptq_jax.array import VQArray
+from vptq_jax.quantize.column_pass import column_pass
+from vptq_jax.quantize.columns import Codes, Segment, arrange, decode_all
+from vptq_jax.quantize.kmeans import kmeans
+from vptq_jax.quantize.linalg import check_hessian, inverse_factor, proxy_loss, regularize
+from vptq_jax.spec import VQLayout, VQSpec
+
+_SMALLEST_SCALE = 1e-6  # Of the largest weight: constant columns keep a scale that can be divided by.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A weight ready for quantization: normalized, permuted, transposed, in slots (see `columns`).
+
+    Attributes:
+        W: W'^T, float32 [slots, rows].
+        H: regularized Hessian of the normalized problem, diag(s) H diag(s), float32 [slots, slots].
+        U: upper triangular, H^-1 = U^T U.
+        scale: s, float32 [in_features] in original column order.
+        offset: o, float32 [in_features] in original column order.
+        perm: original column of each permuted column, int32 [in_features].
+        dead: mask of dead inputs, in original column order.
+        damping: share of the mean diagonal that was added in all.
+    """
+
+    W: Float[Array, "slots rows"]
+    H: Float[Array, "slots slots"]
+    U: Float[Array, "slots slots"]
+    scale: Float[Array, " in"]
+    offset: Float[Array, " in"]
+    perm: Array
+    dead: Array
+    damping: Float[Array, ""]
+
+
+def quantize_weight(
+    W: Float[Array, "out in"],
+    H: Float[Array, "in in"],
+    spec: VQSpec | str,
+    *,
+    key: Array,
+    kmeans_iters: int = 50,
+    samples_per_centroid: int = 64,
+    rounds: int = 2,
+    tolerance: float = 1e-3,
+    damping: float = 0.01,
+    name: str = "weight",
+) -> tuple[VQArray, dict[str, Any]]:
+    """Quantizes one weight matrix with VPTQ in the exact metric of its Hessian.
+
+    Args:
+        W: weight [out_features, in_features], any float dtype.
+        H: second moment of the layer's inputs E[x x^T] (any positive multiple of it), as collected: it is
+            regularized here.
+        spec: the format.
+        key: PRNG key; the result is a function of it and the other arguments alone.
+        kmeans_iters: Lloyd iterations at most, for each codebook.
+        samples_per_centroid: k-means trains on at most this many vectors per centroid.
+        rounds: refinement rounds after the column pass; 0 is the paper's algorithm.
+        tolerance: a refinement round that gains less than this share of the loss is the last.
+        damping: added to the Hessian's diagonal, as a share of the mean diagonal.
+        name: the weight's name in error messages.
+
+    Returns:
+        (the quantized weight, float32 codebooks; stats). Stats are plain numbers: `error` and, stage by
+        stage, `error_kmeans`, `error_pass`, `error_residual`, `error_refine_1`, ...: relative proxy errors
+        tr(E H E^T) / tr(W H W^T) under the Hessian as given; `damping`: what was added to the diagonal in all,
+        as a share of its mean; `dead_columns`: inputs that were never active; `rounds`: refinement rounds run.
+
+    Raises:
+        ValueError: W is not a finite matrix, H cannot be its Hessian, the spec does not fit the
+            shape, or a codebook would have more centroids than there are vectors to describe.
+    """
+    spec = VQSpec.parse(spec)
+    layout = _checked_layout(W, H, spec, name)
+    W, H = jnp.asarray(W, jnp.float32), jnp.asarray(H, jnp.float32)
+    segments, slot_columns = arrange(layout)
+    problem = prepare(W, H, damping, spec, tuple(slot_columns.tolist()))
+    if not bool(jnp.isfinite(problem.U).all()):
+        raise ValueError(
+            f"{name}: the Hessian is not positive semidefinite; damping up to 10 times its mean did not help"
+        )
+    stats: dict[str, Any] = {}
+
+    def record(stage: str, codes: tuple[Codes, ...]) -> None:
+        stats["error"] = stats[f"error_{stage}"] = _relative_error(W, H, problem, codes, segments, layout, spec)
+
+    codes = initial_codebooks(problem, segments, key, kmeans_iters, samples_per_centroid)
+    record("kmeans", column_pass(problem.W, jnp.diag(jnp.diag(problem.U)), codes, segments)[0])
+    codes, errors = column_pass(problem.W, problem.U, codes, segments)
+    record("pass", codes)
+    if spec.num_res_centroids:
+        codes = residual_codebook(problem, errors, codes, segments, key, kmeans_iters, samples_per_centroid)
+        codes, _ = column_pass(problem.W, problem.U, codes, segments)
+        record("residual", codes)
+    facts = jax.device_get(stats | {"damping": problem.damping, "dead_columns": problem.dead.sum()})
+    stats = {stage: value.item() for stage, value in facts.items()}
+    return pack(problem, codes, segments, layout, spec), stats
+
+
+def _checked_layout(W: Array, H: Array, spec: VQSpec, name: str) -> VQLayout:
+    if W.ndim != 2:
+        raise ValueError(f"{name}: the weight has shape {tuple(W.shape)}; expected [out_features, in_features]")
+    if not jnp.issubdtype(W.dtype, jnp.floating):
+        raise ValueError(f"{name}: the weight has dtype {W.dtype}; expected a floating-point dtype")
+    out_features, in_features = W.shape
+    check_hessian(H, in_features, name)
+    if not bool(jnp.isfinite(W).all()):
+        raise ValueError(f"{name}: the weight holds NaN or infinite values")
+    try:
+        layout = spec.layout(out_features, in_features)
+        check_centroids(layout)
+    except ValueError as error:
+        raise ValueError(f"{name} with spec {spec}: {error}") from None
+    return layout
+
+
+def check_centroids(layout: VQLayout) -> None:
+    """Raises ValueError if a codebook has more centroids than there are vectors for it.
+
+    Such a codebook would take more bytes than the weights it describes; a smaller one is never worse.
+    """
+    for segment in arrange(layout)[0]:
+        vectors = segment.group_size * segment.num_vectors
+        for what, count in (("", segment.num_centroids), ("residual ", segment.num_res_centroids)):
+            if count > vectors:
+                raise ValueError(
+                    f"{count} {what}centroids of length {segment.vector_len} for only {vectors} vectors "
+                    f"({segment.group_size} columns of {segment.num_vectors}); choose fewer centroids, fewer groups or "
+                    "a shorter vector for this layer, or leave it out"
+                )
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "slot_columns"))
+def prepare(
+    W: Float[Array, "out in"], H: Float[Array, "in in"], damping: float, spec: VQSpec, slot_columns: tuple[int, ...]
+) -> Problem:
+    """Regularizes, normalizes, permutes and lays out one weight and its Hessian."""
+    H, dead = regularize(H, damping)
+    W = jnp.where(dead, 0, W)
+    scale, offset = normalization(W) if spec.normalize else (jnp.ones(W.shape[1]), jnp.zeros(W.shape[1]))
+    diagonal = jnp.diag(H)
+    perm = jnp.argsort(-jnp.where(dead, 0, diagonal), stable=True) if spec.permute else jnp.arange(W.shape[1])
+    H = H[perm][:, perm]
+    U, extra = inverse_factor(H)
+
+    slots = np.asarray(slot_columns)
+    filled, columns = slots >= 0, np.maximum(slots, 0)
+    both = filled[:, None] & filled[None, :]
+    slot_scale = scale[perm][columns]
+    slot_W = ((W - offset) / scale).T[perm][columns]
+    eye = jnp.eye(len(slots), dtype=jnp.float32)
+    slot_H = (H + extra * diagonal.mean() * jnp.eye(len(H)))[columns][:, columns] * slot_scale * slot_scale[:, None]
+    return Problem(
+        W=jnp.where(filled[:, None], slot_W, 0),
+        H=jnp.where(both, slot_H, 0),
+        # (S H S)^-1 = (U S^-1)^T (U S^-1): the scale never enters the factorization.
+        U=jnp.where(both, U[columns][:, columns] / slot_scale, eye),
+        scale=scale,
+        offset=offset,
+        perm=perm,
+        dead=dead,
+        damping=damping + extra,
+    )
+
+
+def normalization(W: Float[Array, "out in"]) -> tuple[Float[Array, " in"], Float[Array, " in"]]:
+    """(scale, offset) per column: min-max over the rows; never zero, also for constant columns."""
+    low, high = W.min(axis=0), W.max(axis=0)
+    largest = jnp.maximum(jnp.abs(W).max(), jnp.finfo(jnp.float32).tiny / _SMALLEST_SCALE)
+    return jnp.maximum(high - low, _SMALLEST_SCALE * largest), low
+
+
+def initial_codebooks(
+    problem: Problem, segments: tuple[Segment, ...], key: Array, iterations: int, samples_per_centroid: int
+) -> tuple[Codes, ...]:
+    """Main codebooks of every segment by weighted k-means over its vectors; no indices yet."""
+    return tuple(
+        Codes(
+            codebook=train_codebooks(
+                problem.W, _importance(problem), jax.random.fold_in(key, i), segment,
+                segment.num_centroids, iterations, samples_per_centroid,
+            ),
+            res_codebook=None,
+            index=jnp.zeros((segment.slots, segment.num_vectors), jnp.int32),
+            res_index=None,
+        )
+        for i, segment in enumerate(segments)
+    )  # fmt: skip
+
+
+def residual_codebook(
+    problem: Problem,
+    errors: Float[Array, "slots rows"],
+    codes: tuple[Codes, ...],
+    segments: tuple[Segment, ...],
+    key: Array,
+    iterations: int,
+    samples_per_centroid: int,
+) -> tuple[Codes, ...]:
+    """Adds residual codebooks to the main segment, trained on what the column pass left over."""
+    segment = segments[-1]
+    res_codebook = train_codebooks(
+        errors, _importance(problem), jax.random.fold_in(key, len(segments)), segment,
+        segment.num_res_centroids, iterations, samples_per_centroid,
+    )  # fmt: skip
+    return (*codes[:-1], dataclasses.replace(codes[-1], res_codebook=res_codebook))
+
+
+def _importance(problem: Problem) -> Float[Array, " slots"]:
+    """What a squared error in each column costs."""
+    return jnp.diag(problem.H)
+
+
+@functools.partial(jax.jit, static_argnames=("segment", "count", "iterations", "samples_per_centroid"))
+def train_codebooks(
+    columns: Float[Array, "slots rows"],
+    importance: Float[Array, " slots"],
+    key: Array,
+    segment: Segment,
+    count: int,
+    iterations: int,
+    samples_per_centroid: int,
+) -> Float[Array, "G k v"]:
+    """One weighted k-means for each group of a segment, on a bounded random sample of its vectors."""
+    columns = columns[segment.start : segment.start + segment.size]
+    # A partial vector is no sample of whole ones; if there are no others, its padding is all zeros and harmless.
+    whole = segment.num_vectors - (segment.tail < segment.vector_len and segment.num_vectors > 1)
+    vectors = segment.split(columns)[:, :whole].reshape(segment.num_groups, -1, segment.vector_len)
+    weights = importance[segment.start : segment.start + segment.size]
+    weights = jnp.repeat(weights, whole).reshape(segment.num_groups, -1)
+    wanted = min(vectors.shape[1], count * samples_per_centroid)
+
+    def train(group: tuple[Array, Array, Array]) -> Array:
+        vectors, weights, key = group
+        sample_key, start_key = jax.random.split(key)
+        if wanted < vectors.shape[0]:
+            sample = jax.random.permutation(sample_key, vectors.shape[0])[:wanted]
+            vectors, weights = vectors[sample], weights[sample]
+        return kmeans(vectors, weights, num_centroids=count, iterations=iterations, key=start_key)[0]
+
+    return jax.lax.map(train, (vectors, weights, jax.random.split(key, segment.num_groups)))
+
+
+@functools.partial(jax.jit, static_argnames=("segments", "layout", "spec"))
+def pack(
+    problem: Problem, codes: tuple[Codes, ...], segments: tuple[Segment, ...], layout: VQLayout, spec: VQSpec
+) -> VQArray:
+    """The codes in stored form."""
+    main, segment = codes[-1], segments[-1]
+
+    def grouped(index: Array) -> Array:  # [slots, n] -> [G, n, group_size]
+        index = index[: segment.size].reshape(segment.num_groups, segment.group_size, segment.num_vectors)
+        return index.transpose(0, 2, 1)
+
+    outliers = codes[0] if len(codes) > 1 else None
+    return VQArray.from_indices(
+        layout,
+        grouped(main.index),
+        None if main.res_index is None else grouped(main.res_index),
+        main.codebook,
+        main.res_codebook,
+        outlier_indices=None if outliers is None else outliers.index[: segments[0].size].T,
+        outlier_codebook=None if outliers is None else outliers.codebook[0],
+        scale=problem.scale if spec.normalize else None,
+        offset=problem.offset if spec.normalize else None,
+        perm=problem.perm if spec.permute else None,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("segments", "layout", "spec"))
+def _relative_error(
+    W: Float[Array, "out in"],
+    H: Float[Array, "in in"],
+    problem: Problem,
+    codes: tuple[Codes, ...],
+    segments: tuple[Segment, ...],
+    layout: VQLayout,
+    spec: VQSpec,
+) -> Float[Array, ""]:
+    """tr(E H E^T) / tr(W H W^T) of the codes as they would be stored, in original units."""
+    columns = decode_all(segments, codes)
+    slots = np.asarray(arrange(layout)[1])
+    restored = jnp.zeros_like(W.T).at[problem.perm[slots[slots >= 0]]].set(columns[slots >= 0], unique_indices=True)
+    error = (restored.T * problem.scale + problem.offset - W).T
+    return proxy_loss(error, H) / jnp.maximum(proxy_loss(W.T, H), jnp.finfo(jnp.float32).tiny)
