@@ -29,9 +29,10 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(weight)
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
 
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    def __call__(self, x: Float[Array, "*batch in"], *, dtype: Any = None) -> Float[Array, "*batch out"]:
+        """The result is in `dtype`, by default that of x."""
         y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype), preferred_element_type=jnp.float32)
-        return _add_bias(y, self.bias).astype(x.dtype)
+        return _add_bias(y, self.bias).astype(dtype or x.dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,8 +71,9 @@ class VQLinear(nnx.Module):
         )  # fmt: skip
         return VQArray(**{field: value(field) for field in fields}, layout=self.layout)
 
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        return _add_bias(vq_matmul(x, self.weight), self.bias).astype(x.dtype)
+    def __call__(self, x: Float[Array, "*batch in"], *, dtype: Any = None) -> Float[Array, "*batch out"]:
+        """The result is in `dtype`, by default that of x."""
+        return _add_bias(vq_matmul(x, self.weight), self.bias).astype(dtype or x.dtype)
 
     @property
     def shape(self) -> tuple[int, int]:

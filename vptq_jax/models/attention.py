@@ -1,0 +1,113 @@
+"""Causal attention with grouped queries, sliding windows and padding, all told by positions."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from vptq_jax.models.cache import LayerCache
+from vptq_jax.models.config import ModelConfig
+from vptq_jax.models.linear import project
+from vptq_jax.models.params import ParamSource
+from vptq_jax.models.rope import Rotary, rotate
+
+QUERY_CHUNK = 512
+
+
+class Attention(nnx.Module):
+    """Self-attention of one layer; the weights of q, k, v and o under `name` of the source."""
+
+    def __init__(self, config: ModelConfig, layer: int, source: ParamSource, name: str):
+        hidden, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
+        bias = config.attention_bias
+        self.head_dim, self.window = config.head_dim, config.window(layer)
+        self.q_proj = source.linear(f"{name}.q_proj", heads * self.head_dim, hidden, bias=bias)
+        self.k_proj = source.linear(f"{name}.k_proj", kv_heads * self.head_dim, hidden, bias=bias)
+        self.v_proj = source.linear(f"{name}.v_proj", kv_heads * self.head_dim, hidden, bias=bias)
+        self.o_proj = source.linear(f"{name}.o_proj", hidden, heads * self.head_dim, bias=config.attention_out_bias)
+
+    def _heads(self, x: Float[Array, "B T in"], at: Rotary) -> tuple[Array, Array, Array]:
+        q, k, v = (
+            y.reshape(*y.shape[:-1], -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(q, at), rotate(k, at).swapaxes(1, 2), v.swapaxes(1, 2)
+
+    def __call__(self, x: Float[Array, "B T hidden"], at: Rotary) -> Float[Array, "B T hidden"]:
+        """Every token sees the tokens of its row up to itself."""
+        q, k, v = self._heads(x, at)
+        return self._out(attend(q, k, v, at.positions, at.positions, self.window))
+
+    def prefill(
+        self, x: Float[Array, "B T hidden"], at: Rotary, start: Int[Array, "B"], capacity: int
+    ) -> tuple[Float[Array, "B T hidden"], LayerCache]:
+        """As the call, and the cache that holds this prompt."""
+        q, k, v = self._heads(x, at)
+        size = capacity if self.window is None else min(capacity, self.window)
+        y = self._out(attend(q, k, v, at.positions, at.positions, self.window))
+        return y, LayerCache.from_prompt(k, v, start, size)
+
+    def step(
+        self, x: Float[Array, "B 1 hidden"], at: Rotary, cache: LayerCache
+    ) -> tuple[Float[Array, "B 1 hidden"], LayerCache]:
+        """One more token a row, against the cache."""
+        q, k, v = self._heads(x, at)
+        cache, key_positions = cache.append(k, v)
+        return self._out(attend(q, cache.keys, cache.values, at.positions, key_positions, self.window)), cache
+
+    def _out(self, heads: Float[Array, "B T N D"]) -> Float[Array, "B T hidden"]:
+        return self.o_proj(heads.reshape(*heads.shape[:2], -1))
+
+
+def attend(
+    q: Float[Array, "B T N D"],
+    keys: Float[Array, "B K S D"],
+    values: Float[Array, "B K S D"],
+    query_positions: Int[Array, "#B T"],
+    key_positions: Int[Array, "#B S"],
+    window: int | None,
+) -> Float[Array, "B T N D"]:
+    """Softmax attention in float32; N query heads share K key heads, N a multiple of K.
+
+    A query sees the keys at positions 0 up to its own, and with a window only the last `window`
+    of them. Long inputs go in chunks of queries, so that memory grows with T, not with T squared.
+    """
+    batch, length = q.shape[:2]
+    if length <= 2 * QUERY_CHUNK:
+        return _attend(q, keys, values, query_positions, key_positions, window)
+    pad = -length % QUERY_CHUNK
+    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    query_positions = jnp.pad(query_positions, ((0, 0), (0, pad)), constant_values=-1)
+
+    def chunks(x: Array) -> Array:
+        return x.reshape(x.shape[0], -1, QUERY_CHUNK, *x.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def one(chunk: tuple[Array, Array]) -> Array:
+        return _attend(chunk[0], keys, values, chunk[1], key_positions, window)
+
+    y = jax.lax.map(one, (chunks(q), chunks(query_positions)))
+    return y.swapaxes(0, 1).reshape(batch, length + pad, *y.shape[3:])[:, :length]
+
+
+def visible(
+    query_positions: Int[Array, "#B T"], key_positions: Int[Array, "#B S"], window: int | None
+) -> Bool[Array, "#B T S"]:
+    """Which key each query sees."""
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    seen = (distance >= 0) & (key_positions[:, None, :] >= 0)
+    return seen if window is None else seen & (distance < window)
+
+
+def _attend(
+    q: Array, keys: Array, values: Array, query_positions: Array, key_positions: Array, window: int | None
+) -> Float[Array, "B T N D"]:
+    batch, length, heads, head_dim = q.shape
+    q = q.reshape(batch, length, keys.shape[1], -1, head_dim)
+    scores = jnp.einsum("btkgd,bksd->bkgts", q, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+    mask = visible(query_positions, key_positions, window)[:, None, None]
+    # A finite fill keeps padding queries, which see nothing, free of NaN.
+    weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(values.dtype)
+    y = jnp.einsum("bkgts,bksd->btkgd", weights, values, preferred_element_type=jnp.float32)
+    return y.astype(q.dtype).reshape(batch, length, heads, head_dim)

@@ -1,0 +1,427 @@
+"""`ModelConfig`: the facts of one decoder, read from and written to Hugging Face's `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ACTIVATIONS = ("silu", "swish")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: `theta` and, by `type`, how its frequencies are stretched.
+
+    Attributes:
+        theta: base wavelength.
+        type: one of `ROPE_TYPES`.
+        factor: stretch of the context (all types but default).
+        original_max_position_embeddings: context before stretching (llama3, yarn).
+        low_freq_factor, high_freq_factor: borders of the interpolated band (llama3).
+        beta_fast, beta_slow: rotations that bound the ramp (yarn).
+        attention_factor: factor on cos and sin; None derives it from factor and mscale (yarn).
+        mscale, mscale_all_dim: parts of the derived attention factor (yarn).
+        truncate: round the ramp's borders to whole dimensions (yarn).
+    """
+
+    theta: float = 10000.0
+    type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.type not in ROPE_TYPES:
+            raise ValueError(f"rope type is {self.type!r}, which is not supported; supported: {', '.join(ROPE_TYPES)}")
+        if not (math.isfinite(self.theta) and self.theta > 1):
+            raise ValueError(f"rope theta is {self.theta}; expected a number above 1")
+        if not (math.isfinite(self.factor) and self.factor >= 1):
+            raise ValueError(f"rope factor is {self.factor}; expected a number of at least 1")
+        if self.type in ("llama3", "yarn") and not self.original_max_position_embeddings:
+            raise ValueError(f"rope type {self.type!r} needs original_max_position_embeddings")
+        if self.type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope low_freq_factor is {self.low_freq_factor} and high_freq_factor is {self.high_freq_factor}; "
+                "expected 0 < low_freq_factor < high_freq_factor"
+            )
+        if self.type == "yarn" and not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(
+                f"rope beta_slow is {self.beta_slow} and beta_fast is {self.beta_fast}; "
+                "expected 0 < beta_slow < beta_fast"
+            )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `rope_parameters` of a `config.json`, with the keys that belong to the type."""
+        keys: tuple[str, ...] = ()
+        if self.type != "default":
+            keys = ("factor",)
+        if self.type == "llama3":
+            keys += ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+        if self.type == "yarn":
+            keys += ("original_max_position_embeddings", "beta_fast", "beta_slow", "truncate")
+            keys += tuple(k for k in ("attention_factor", "mscale", "mscale_all_dim") if getattr(self, k) is not None)
+        return {"rope_type": self.type, "rope_theta": self.theta} | {key: getattr(self, key) for key in keys}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides a decoder's shapes and maths; hashable.
+
+    Attributes:
+        model_type: `llama`, `mistral` or `qwen2`.
+        num_kv_heads: heads of keys and values; divides num_heads.
+        head_dim: width of one head, even; need not be hidden_size / num_heads.
+        rope: rotary position embedding.
+        max_position_embeddings: the longest context the model was made for, in tokens.
+        tie_word_embeddings: the output projection is the embedding table.
+        attention_bias: q, k and v have a bias.
+        attention_out_bias: o has a bias.
+        mlp_bias: gate, up and down have a bias.
+        sliding_window: keys a query of a sliding layer sees, itself included (None: all before it).
+        full_attention_layers: layers that ignore the sliding window.
+        bos_token_id, pad_token_id: token ids or None.
+        eos_token_id: the ids that end a text, possibly none.
+        initializer_range: standard deviation of random weights.
+        dtype: dtype of the parameters in the checkpoint.
+
+    Raises:
+        ValueError: every problem found, in one error.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    initializer_range: float = 0.02
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        problems = list(_problems(self))
+        if problems:
+            raise ValueError(_report("the model config is inconsistent", problems))
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer, None where it sees everything."""
+        return None if layer in self.full_attention_layers else self.sliding_window
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Reads a `config.json`, of transformers 4 (`rope_scaling`) or 5 (`rope_parameters`).
+
+        Raises:
+            ValueError: another model type, activation, rope or layer type than those supported,
+                a value of the wrong type, or values that do not fit together; all gathered.
+        """
+        if not isinstance(raw, Mapping):
+            raise ValueError(f"the model config is a {type(raw).__name__}; expected a JSON object")
+        model_type = raw.get("model_type")
+        if not isinstance(model_type, str) or model_type not in _FAMILIES:
+            raise ValueError(f"model_type is {model_type!r}, which is not supported; supported: {supported()}")
+        reader = _Reader(raw)
+        fields = _read_fields(reader, model_type)
+        if reader.problems:
+            raise ValueError(_report(f"the config of this {model_type} model cannot be used", reader.problems))
+        return cls(**fields)
+
+    def to_hf(self) -> dict[str, Any]:
+        """A `config.json` that `from_hf` and transformers read back to this config."""
+        family = _FAMILIES[self.model_type]
+        eos: Any = list(self.eos_token_id) if len(self.eos_token_id) != 1 else self.eos_token_id[0]
+        raw = {
+            "architectures": [family.architecture],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_parameters": self.rope.to_hf(),
+            "max_position_embeddings": self.max_position_embeddings,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": eos or None,
+            "pad_token_id": self.pad_token_id,
+            "initializer_range": self.initializer_range,
+            "dtype": self.dtype,
+        }
+        if self.model_type == "llama":
+            raw |= {"attention_bias": self.attention_bias, "mlp_bias": self.mlp_bias}
+        if family.sliding:
+            raw["sliding_window"] = self.sliding_window
+        if self.model_type == "qwen2":
+            sliding = [self.window(layer) is not None for layer in range(self.num_layers)]
+            raw["use_sliding_window"] = self.sliding_window is not None
+            raw["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in sliding]
+        return raw
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """What a model type assumes where its `config.json` is silent."""
+
+    architecture: str
+    max_position_embeddings: int
+    num_kv_heads: int | None = None
+    bos: int | None = None
+    eos: int | None = None
+    sliding: bool = False
+    sliding_window: int | None = None
+
+
+_FAMILIES = {
+    "llama": _Family("LlamaForCausalLM", 2048, bos=1, eos=2),
+    "mistral": _Family("MistralForCausalLM", 131072, num_kv_heads=8, bos=1, eos=2, sliding=True, sliding_window=4096),
+    "qwen2": _Family("Qwen2ForCausalLM", 32768, num_kv_heads=32, sliding=True, sliding_window=4096),
+}
+
+
+def supported() -> str:
+    """The supported model types, for messages."""
+    return ", ".join(_FAMILIES)
+
+
+def _report(what: str, problems: list[str]) -> str:
+    return f"{what}:\n" + "\n".join(f"  {problem}" for problem in problems)
+
+
+_REQUIRED = object()
+
+
+class _Reader:
+    """Typed reads from a JSON object; problems gather in a list."""
+
+    def __init__(self, raw: Mapping[str, Any], prefix: str = "", problems: list[str] | None = None):
+        self.raw, self.prefix = raw, prefix
+        self.problems: list[str] = [] if problems is None else problems
+
+    def read(self, key: str, kinds: tuple[type, ...], expected: str, default: Any = _REQUIRED) -> Any:
+        value = self.raw.get(key, default)
+        if value is _REQUIRED:
+            self.problems.append(f"{self.prefix}{key} is missing; expected {expected}")
+            return None
+        if value is default or (value is None and default is None):
+            return default
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            self.problems.append(f"{self.prefix}{key} is {value!r}; expected {expected}")
+            return None if default is _REQUIRED else default
+        return value
+
+    def integer(self, key: str, default: Any = _REQUIRED) -> Any:
+        return self.read(key, (int,), "a whole number", default)
+
+    def number(self, key: str, default: Any = _REQUIRED) -> Any:
+        value = self.read(key, (int, float), "a number", default)
+        return value if value is None else float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        return self.read(key, (bool,), "true or false", default)
+
+    def object(self, key: str) -> _Reader | None:
+        value = self.read(key, (Mapping,), "a JSON object", None)
+        return None if value is None else _Reader(value, f"{self.prefix}{key}.", self.problems)
+
+
+def _read_fields(reader: _Reader, model_type: str) -> dict[str, Any]:
+    family = _FAMILIES[model_type]
+    fields: dict[str, Any] = {"model_type": model_type}
+    for name, key in (
+        ("vocab_size", "vocab_size"),
+        ("hidden_size", "hidden_size"),
+        ("intermediate_size", "intermediate_size"),
+        ("num_layers", "num_hidden_layers"),
+        ("num_heads", "num_attention_heads"),
+    ):
+        fields[name] = reader.integer(key)
+    heads = fields["num_heads"]
+    # A config may omit the number of key and value heads (the family's default) or say null (as many as heads).
+    fields["num_kv_heads"] = (
+        reader.integer("num_key_value_heads", None) if "num_key_value_heads" in reader.raw else family.num_kv_heads
+    ) or heads
+    head_dim = reader.integer("head_dim", None)
+    if head_dim is None and fields["hidden_size"] and heads and heads > 0:
+        if fields["hidden_size"] % heads:
+            reader.problems.append(
+                f"hidden_size {fields['hidden_size']} is not a multiple of num_attention_heads {heads}, "
+                "and head_dim is not given"
+            )
+        head_dim = fields["hidden_size"] // heads
+    fields["head_dim"] = head_dim
+    fields["rms_norm_eps"] = reader.number("rms_norm_eps", 1e-6)
+    fields["max_position_embeddings"] = reader.integer("max_position_embeddings", family.max_position_embeddings)
+    fields["tie_word_embeddings"] = reader.boolean("tie_word_embeddings", False)
+    fields["initializer_range"] = reader.number("initializer_range", 0.02)
+    fields["bos_token_id"] = _first(_token_ids(reader, "bos_token_id", family.bos))
+    fields["eos_token_id"] = _token_ids(reader, "eos_token_id", family.eos)
+    fields["pad_token_id"] = _first(_token_ids(reader, "pad_token_id", None))
+    fields["dtype"] = _read_dtype(reader)
+    if model_type == "llama":
+        fields["attention_bias"] = fields["attention_out_bias"] = reader.boolean("attention_bias", False)
+        fields["mlp_bias"] = reader.boolean("mlp_bias", False)
+    if model_type == "qwen2":
+        fields["attention_bias"] = True
+    if family.sliding:
+        fields |= _read_window(reader, model_type, fields["num_layers"])
+    activation = reader.raw.get("hidden_act", "silu")
+    if activation not in ACTIVATIONS:
+        reader.problems.append(f"hidden_act is {activation!r}, which is not supported; supported: silu")
+    fields["rope"] = _read_rope(reader, fields["max_position_embeddings"])
+    return fields
+
+
+def _first(ids: tuple[int, ...]) -> int | None:
+    return ids[0] if ids else None
+
+
+def _token_ids(reader: _Reader, key: str, default: int | None) -> tuple[int, ...]:
+    value = reader.raw.get(key, default)
+    ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        reader.problems.append(f"{key} is {value!r}; expected a token id, a list of them, or null")
+        return ()
+    # Negative ids are an old way to say that there is no such token.
+    return tuple(i for i in ids if i >= 0)
+
+
+def _read_dtype(reader: _Reader) -> str:
+    value = reader.raw.get("dtype", reader.raw.get("torch_dtype")) or "float32"
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    if name not in DTYPES:
+        reader.problems.append(f"dtype is {value!r}, which is not supported; supported: {', '.join(DTYPES)}")
+        return "float32"
+    return name
+
+
+def _read_window(reader: _Reader, model_type: str, num_layers: int | None) -> dict[str, Any]:
+    window = reader.integer("sliding_window", _FAMILIES[model_type].sliding_window)
+    if reader.raw.get("sliding_window", 0) is None:
+        window = None
+    full: tuple[int, ...] = ()
+    if model_type == "qwen2":
+        if not reader.boolean("use_sliding_window", False):
+            window = None
+        full = tuple(range(min(reader.integer("max_window_layers", 28) or 0, num_layers or 0)))
+    kinds = reader.read("layer_types", (list,), "a list", None)
+    if kinds is not None:
+        unknown = sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"})
+        if unknown:
+            reader.problems.append(
+                f"layer_types holds {', '.join(unknown)}, which is not supported; "
+                "supported: full_attention, sliding_attention"
+            )
+        if num_layers is not None and len(kinds) != num_layers:
+            reader.problems.append(f"layer_types has {len(kinds)} entries; expected num_hidden_layers = {num_layers}")
+        full = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
+    return {"sliding_window": window, "full_attention_layers": full if window is not None else ()}
+
+
+def _read_rope(reader: _Reader, max_position_embeddings: int) -> RopeConfig | None:
+    section = reader.object("rope_parameters") or reader.object("rope_scaling") or _Reader({}, problems=reader.problems)
+    nested = [key for key, value in section.raw.items() if isinstance(value, Mapping)]
+    if nested:
+        reader.problems.append(
+            f"{section.prefix}{nested[0]} is an object: one rope per layer type is not supported; "
+            "expected one flat set of rope parameters"
+        )
+        return None
+    theta = section.number("rope_theta", None)
+    if theta is None:
+        theta = reader.number("rope_theta", None)
+    kind = section.raw.get("rope_type") or section.raw.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        reader.problems.append(f"rope type is {kind!r}, which is not supported; supported: {', '.join(ROPE_TYPES)}")
+        return None
+    for place in (section, reader):
+        if place.number("partial_rotary_factor", 1.0) != 1.0:
+            reader.problems.append(
+                f"{place.prefix}partial_rotary_factor is {place.raw['partial_rotary_factor']}, "
+                "which is not supported; supported: 1.0"
+            )
+    values: dict[str, Any] = {"type": kind, "theta": 10000.0 if theta is None else theta}
+    if kind in ("llama3", "yarn"):
+        # As transformers: the top level wins, and the context of the config is the last resort.
+        original = reader.integer("original_max_position_embeddings", None)
+        if original is None:
+            original = section.integer("original_max_position_embeddings", None)
+        values["original_max_position_embeddings"] = original or max_position_embeddings
+    if kind == "yarn" and section.raw.get("factor") is None and values["original_max_position_embeddings"]:
+        values["factor"] = max_position_embeddings / values["original_max_position_embeddings"]
+    elif kind != "default":
+        values["factor"] = section.number("factor")
+    if kind == "llama3":
+        values |= {key: section.number(key) for key in ("low_freq_factor", "high_freq_factor")}
+    if kind == "yarn":
+        values["beta_fast"] = section.number("beta_fast", None) or 32.0
+        values["beta_slow"] = section.number("beta_slow", None) or 1.0
+        values |= {key: section.number(key, None) for key in ("attention_factor", "mscale", "mscale_all_dim")}
+        values["truncate"] = section.boolean("truncate", True)
+    if reader.problems:
+        return None
+    try:
+        return RopeConfig(**values)
+    except ValueError as error:
+        reader.problems.append(str(error))
+        return None
+
+
+def _problems(config: ModelConfig) -> list[str]:
+    problems = []
+    for name in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+        "max_position_embeddings",
+    ):  # fmt: skip
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            problems.append(f"{name} is {value!r}; expected a whole number of at least 1")
+    if problems:
+        return problems
+    if config.model_type not in _FAMILIES:
+        problems.append(f"model_type is {config.model_type!r}, which is not supported; supported: {supported()}")
+    elif config.sliding_window is not None and not _FAMILIES[config.model_type].sliding:
+        problems.append(f"sliding_window is {config.sliding_window}, but {config.model_type} models have none")
+    if config.num_heads % config.num_kv_heads:
+        problems.append(
+            f"num_heads is {config.num_heads} and num_kv_heads is {config.num_kv_heads}; "
+            "expected num_kv_heads to divide num_heads"
+        )
+    if config.head_dim % 2:
+        problems.append(f"head_dim is {config.head_dim}; expected an even number (rotary embedding pairs dimensions)")
+    if config.rope.type == "dynamic" and config.head_dim == 2:
+        problems.append("head_dim is 2; rope type 'dynamic' needs at least 4")
+    if not (math.isfinite(config.rms_norm_eps) and config.rms_norm_eps > 0):
+        problems.append(f"rms_norm_eps is {config.rms_norm_eps}; expected a number above 0")
+    if config.sliding_window is not None and config.sliding_window < 1:
+        problems.append(f"sliding_window is {config.sliding_window}; expected at least 1, or None for no window")
+    if config.dtype not in DTYPES:
+        problems.append(f"dtype is {config.dtype!r}, which is not supported; supported: {', '.join(DTYPES)}")
+    return problems

@@ -1,0 +1,273 @@
+"""The decoder that LLaMA, Mistral and Qwen2 share: RMSNorm, rotary attention, SwiGLU.
+
+Parameters and activations keep the dtype of the weights; norms, softmax and logits are float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from vptq_jax.models.attention import Attention
+from vptq_jax.models.cache import KVCache, LayerCache
+from vptq_jax.models.config import ModelConfig
+from vptq_jax.models.linear import Linear, VQLinear, project
+from vptq_jax.models.params import ParamSource
+from vptq_jax.models.rope import Rotary, rotary
+
+_ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * weight`, computed in float32, returned in the dtype of x."""
+
+    def __init__(self, weight: Array | jax.ShapeDtypeStruct, eps: float):
+        self.weight = nnx.Param(weight)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: ModelConfig, source: ParamSource, name: str):
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = source.linear(f"{name}.gate_proj", inner, hidden, bias=bias)
+        self.up_proj = source.linear(f"{name}.up_proj", inner, hidden, bias=bias)
+        self.down_proj = source.linear(f"{name}.down_proj", hidden, inner, bias=bias)
+
+    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(jax.nn.silu(gate) * up)
+
+
+class Block(nnx.Module):
+    """One layer. Blocks hold no layer number, so that all of one kind share one compiled program."""
+
+    def __init__(self, config: ModelConfig, layer: int, source: ParamSource):
+        name, norm_shape = f"model.layers.{layer}", (config.hidden_size,)
+        self.input_layernorm = RMSNorm(source.tensor(f"{name}.input_layernorm.weight", norm_shape), config.rms_norm_eps)
+        self.self_attn = Attention(config, layer, source, f"{name}.self_attn")
+        self.post_attention_layernorm = RMSNorm(
+            source.tensor(f"{name}.post_attention_layernorm.weight", norm_shape), config.rms_norm_eps
+        )
+        self.mlp = MLP(config, source, f"{name}.mlp")
+
+    def __call__(self, h: Float[Array, "B T hidden"], at: Rotary) -> Float[Array, "B T hidden"]:
+        """The whole rows at once; `at` from `Decoder.rotary`."""
+        return self._mlp(h + self.self_attn(self.input_layernorm(h), at))
+
+    def prefill(self, h: Array, at: Rotary, start: Array, capacity: int) -> tuple[Array, LayerCache]:
+        """As the call, and the layer's cache."""
+        y, cache = self.self_attn.prefill(self.input_layernorm(h), at, start, capacity)
+        return self._mlp(h + y), cache
+
+    def step(self, h: Array, at: Rotary, cache: LayerCache) -> tuple[Array, LayerCache]:
+        """One token a row, against the cache."""
+        y, cache = self.self_attn.step(self.input_layernorm(h), at, cache)
+        return self._mlp(h + y), cache
+
+    def _mlp(self, h: Array) -> Array:
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Decoder(nnx.Module):
+    """A causal language model: `logits = model(tokens)`.
+
+    `model(tokens)` runs layer by layer through one compiled block, so a first call compiles in
+    the time of one layer; inside `jax.jit` it becomes part of the one program.
+
+    Args:
+        config: the model's facts.
+        source: where the parameters come from.
+
+    Attributes:
+        embed_tokens, lm_head: `Linear` or `VQLinear` of [vocab_size, hidden_size]; `lm_head` is
+            None when the embedding is tied to it.
+        layers: the `Block`s.
+        tokenizer: a transformers tokenizer or None; no part of the pytree.
+    """
+
+    def __init__(self, config: ModelConfig, source: ParamSource):
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.config = config
+        self.embed_tokens = source.linear("model.embed_tokens", vocab, hidden, bias=False)
+        self.layers = nnx.List([Block(config, layer, source) for layer in range(config.num_layers)])
+        self.norm = RMSNorm(source.tensor("model.norm.weight", (hidden,)), config.rms_norm_eps)
+        head = None if config.tie_word_embeddings else source.linear("lm_head", vocab, hidden, bias=False)
+        self.lm_head: Linear | VQLinear | None = nnx.data(head)
+        self.tokenizer = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """A transformers tokenizer, or None."""
+        return self._tokenizer.value
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        self._tokenizer = _Unhashed(value)
+
+    @property
+    def dtype(self) -> Any:
+        """dtype of the activations: that of the norm weights."""
+        return self.norm.weight.dtype
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Float32 logits of every position.
+
+        Raises:
+            ValueError: tokens is not an integer [B, T], or holds an id outside the vocabulary.
+        """
+        check_tokens(tokens, self.config.vocab_size)
+        tokens = jnp.asarray(tokens)
+        at = self.rotary(jnp.arange(tokens.shape[1])[None])
+        h = self.embed(tokens)
+        for block in self.layers:
+            h = _apply_block(block, h, at)
+        return self.head(h)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T hidden"]:
+        """The rows of the embedding table."""
+        return _lookup(self.embed_tokens, tokens, dtype=self.dtype)
+
+    def rotary(self, positions: Int[Array, "#B T"]) -> Rotary:
+        """What a block needs to know about positions; `jnp.arange(T)[None]` for plain rows."""
+        return _rotary(self.config, positions)
+
+    def head(self, h: Float[Array, "B T hidden"]) -> Float[Array, "B T V"]:
+        """Final norm and logits (float32)."""
+        return _logits(self.norm, self.embed_tokens if self.lm_head is None else self.lm_head, h)
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], start: Int[Array, "B"], *, capacity: int
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Reads prompts that are padded on the left.
+
+        Args:
+            tokens: int32 [B, T]; columns before `start` are padding and may hold any valid id.
+            start: first column of each row's prompt.
+            capacity: slots of the cache, at least T; static.
+
+        Returns:
+            logits of the token after each prompt, and the cache with `capacity` slots.
+        """
+        at = self.rotary(jnp.arange(tokens.shape[1])[None, :] - start[:, None])
+        h = self.embed(tokens)
+        caches = []
+        for block in self.layers:
+            h, cache = block.prefill(h, at, start, capacity)
+            caches.append(cache)
+        return self.head(h[:, -1:])[:, 0], KVCache.of(caches)
+
+    def step(self, tokens: Int[Array, "B"], cache: KVCache) -> tuple[Float[Array, "B V"], KVCache]:
+        """Appends one token a row; returns the logits of the next one and the cache."""
+        at = self.rotary((cache.slot - cache.start)[:, None])
+        h = self.embed(tokens[:, None])
+        caches = []
+        for index, block in enumerate(self.layers):
+            h, layer = block.step(h, at, cache.layer(index))
+            caches.append(layer)
+        return self.head(h)[:, 0], KVCache.of(caches)
+
+    def linears(self) -> dict[str, Linear | VQLinear]:
+        """The decoder's linear layers in forward order, by Hugging Face module path."""
+        return {path: getattr(owner, name) for path, owner, name in self._places()}
+
+    def set_linear(self, path: str, layer: Linear | VQLinear) -> None:
+        """Replaces a linear layer: one of `linears()`, `lm_head` or `model.embed_tokens`.
+
+        Setting `lm_head` on a model with tied embeddings unties them.
+
+        Raises:
+            ValueError: no such path, or a layer of another shape.
+        """
+        places = {place: (owner, name) for place, owner, name in self._places()}
+        places |= {"lm_head": (self, "lm_head"), "model.embed_tokens": (self, "embed_tokens")}
+        if path not in places:
+            raise ValueError(
+                f"the model has no linear layer {path!r}; expected lm_head, model.embed_tokens or one of linears(), "
+                f"such as {next(iter(self.linears()))!r}"
+            )
+        owner, name = places[path]
+        expected = (getattr(owner, name) or self.embed_tokens).shape
+        if layer.shape != expected:
+            raise ValueError(f"{path}: the new layer has shape {list(layer.shape)}; expected {list(expected)}")
+        if path == "lm_head" and self.lm_head is None:
+            self.config = dataclasses.replace(self.config, tie_word_embeddings=False)
+        setattr(owner, name, layer)
+
+    def _places(self) -> Iterator[tuple[str, nnx.Module, str]]:
+        for index, block in enumerate(self.layers):
+            for group, owner, names in (
+                ("self_attn", block.self_attn, _ATTENTION_LINEARS),
+                ("mlp", block.mlp, _MLP_LINEARS),
+            ):
+                for name in names:
+                    yield f"model.layers.{index}.{group}.{name}", owner, name
+
+
+def check_tokens(tokens: Any, vocab_size: int, what: str = "tokens") -> None:
+    """Checks an integer [B, T] of token ids; traced values are taken on trust.
+
+    Raises:
+        ValueError: another dtype or shape, or an id outside 0 .. vocab_size - 1.
+    """
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    ids = np.asarray(tokens)
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{what}: found {ids.dtype} {list(ids.shape)}; expected integer token ids [batch, length]")
+    outside = (ids < 0) | (ids >= vocab_size)
+    if outside.any():
+        row, column = np.argwhere(outside)[0]
+        raise ValueError(
+            f"{what}: token id {ids[row, column]} at row {row}, column {column} is outside the vocabulary; "
+            f"expected 0 to {vocab_size - 1}"
+        )
+
+
+class _Unhashed:
+    """Carries a value through a module's static part without taking part in its equality."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Unhashed)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@jax.jit
+def _apply_block(block: Block, h: Array, at: Rotary) -> Array:
+    return block(h, at)
+
+
+@jax.jit
+def _logits(norm: RMSNorm, layer: Linear | VQLinear, h: Array) -> Array:
+    return layer(norm(h), dtype=jnp.float32)
+
+
+_rotary = jax.jit(rotary, static_argnums=0)
+
+
+def _lookup_rows(table: Linear | VQLinear, tokens: Array, *, dtype: Any) -> Array:
+    weight = table.weight
+    rows = weight.take_rows(tokens, dtype) if isinstance(table, VQLinear) else weight[...][tokens]
+    return rows.astype(dtype)
+
+
+_lookup = jax.jit(_lookup_rows, static_argnames="dtype")
