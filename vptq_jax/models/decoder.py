@@ -98,6 +98,7 @@ class Decoder(nnx.Module):
             None when the embedding is tied to it.
         layers: the `Block`s.
         tokenizer: a transformers tokenizer or None; no part of the pytree.
+        generation_config: what the checkpoint's `generation_config.json` held, or None; no part of the pytree.
     """
 
     def __init__(self, config: ModelConfig, source: ParamSource):
@@ -109,6 +110,7 @@ class Decoder(nnx.Module):
         head = None if config.tie_word_embeddings else source.linear("lm_head", vocab, hidden, bias=False)
         self.lm_head: Linear | VQLinear | None = nnx.data(head)
         self.tokenizer = None
+        self.generation_config = None
 
     @property
     def tokenizer(self) -> Any:
@@ -118,6 +120,15 @@ class Decoder(nnx.Module):
     @tokenizer.setter
     def tokenizer(self, value: Any) -> None:
         self._tokenizer = _Unhashed(value)
+
+    @property
+    def generation_config(self) -> dict[str, Any] | None:
+        """The checkpoint's own settings for generation, or None."""
+        return self._generation_config.value
+
+    @generation_config.setter
+    def generation_config(self, value: dict[str, Any] | None) -> None:
+        self._generation_config = _Unhashed(value)
 
     @property
     def dtype(self) -> Any:
