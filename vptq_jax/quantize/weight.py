@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from vptq_jax.quantize.column_pass import column_pass
 from vptq_jax.quantize.columns import Codes, Segment, arrange, decode_all
 from vptq_jax.quantize.kmeans import kmeans
 from vptq_jax.quantize.linalg import check_hessian, inverse_factor, proxy_loss, regularize
+from vptq_jax.quantize.refine import refine
 from vptq_jax.spec import VQLayout, VQSpec
 
 _SMALLEST_SCALE = 1e-6  # Of the largest weight: constant columns keep a scale that can be divided by.
@@ -107,9 +109,29 @@ def quantize_weight(
         codes = residual_codebook(problem, errors, codes, segments, key, kmeans_iters, samples_per_centroid)
         codes, _ = column_pass(problem.W, problem.U, codes, segments)
         record("residual", codes)
+    codes, stats["rounds"] = _refine(problem, codes, segments, rounds, tolerance, record)
     facts = jax.device_get(stats | {"damping": problem.damping, "dead_columns": problem.dead.sum()})
-    stats = {stage: value.item() for stage, value in facts.items()}
+    stats = {stage: value.item() if hasattr(value, "item") else value for stage, value in facts.items()}
     return pack(problem, codes, segments, layout, spec), stats
+
+
+def _refine(
+    problem: Problem,
+    codes: tuple[Codes, ...],
+    segments: tuple[Segment, ...],
+    rounds: int,
+    tolerance: float,
+    record: Callable[[str, tuple[Codes, ...]], None],
+) -> tuple[tuple[Codes, ...], int]:
+    """Refinement rounds until one gains less than the tolerance; (codes, rounds run)."""
+    loss = float("inf")
+    for i in range(rounds):
+        codes, refined = refine(problem.W, problem.H, codes, segments)
+        record(f"refine_{i + 1}", codes)
+        before, loss = loss, float(refined)
+        if before - loss < tolerance * before:
+            return codes, i + 1
+    return codes, rounds
 
 
 def _checked_layout(W: Array, H: Array, spec: VQSpec, name: str) -> VQLayout:
