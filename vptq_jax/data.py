@@ -166,19 +166,3 @@ def windows(tokens: Int[np.ndarray, "tokens"], length: int, count: int | None = 
         )
     n = min(len(tokens) // length, count or len(tokens))
     return tokens[: n * length].reshape(n, length).astype(np.int32)
-
-
-def check_tokens(tokens: Int[np.ndarray, "..."], vocab_size: int) -> None:
-    """Refuses token ids outside the vocabulary, which a gather would clamp in silence.
-
-    Raises:
-        ValueError: names the first such id and where it stands.
-    """
-    tokens = np.asarray(tokens)
-    bad = np.argwhere((tokens < 0) | (tokens >= vocab_size))
-    if bad.size:
-        place = tuple(int(i) for i in bad[0])
-        raise ValueError(
-            f"token id {int(tokens[place])} at position {place if len(place) > 1 else place[0]} is outside the "
-            f"vocabulary of {vocab_size}; does the tokenizer belong to the model?"
-        )

@@ -141,13 +141,17 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: tokens is not an integer [B, T], or holds an id outside the vocabulary.
         """
+        return self.head(self.hidden(tokens))
+
+    def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T hidden"]:
+        """What `head` turns into logits: the output of the last block. Raises as the call does."""
         check_tokens(tokens, self.config.vocab_size)
         tokens = jnp.asarray(tokens)
         at = self.rotary(jnp.arange(tokens.shape[1])[None])
         h = self.embed(tokens)
         for block in self.layers:
             h = _apply_block(block, h, at)
-        return self.head(h)
+        return h
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T hidden"]:
         """The rows of the embedding table."""

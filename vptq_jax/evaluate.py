@@ -1,0 +1,109 @@
+"""Perplexity as GPTQ-style papers measure it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from tqdm.auto import tqdm
+
+from vptq_jax import data
+from vptq_jax.models.decoder import Decoder, check_tokens
+
+HEAD_TOKENS = 256  # Tokens whose logits exist at one time.
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and what it was measured on.
+
+    Attributes:
+        value: exp(mean over windows of the mean negative log-likelihood in nats).
+        windows: windows scored.
+        tokens: targets scored, `windows * (context - 1)`.
+        context: tokens of a window.
+        seconds: wall-clock time, compilation included.
+    """
+
+    value: float
+    windows: int
+    tokens: int
+    context: int
+    seconds: float
+
+
+def perplexity(
+    model: Decoder,
+    tokens: Int[np.ndarray, "tokens"],
+    *,
+    context: int,
+    max_windows: int | None = None,
+    batch_size: int = 1,
+    progress: bool = False,
+) -> Perplexity:
+    """Perplexity over consecutive non-overlapping windows, each scored alone.
+
+    The protocol of GPTQ (arXiv 2210.17323): the first token of a window is given, the other
+    `context - 1` are targets; what does not fill a window is left out.
+
+    Args:
+        model: plain or quantized.
+        tokens: token ids [T] of the whole text.
+        context: tokens of a window.
+        max_windows: score only this many windows, from the start.
+        batch_size: windows in one forward pass.
+        progress: show a bar.
+
+    Raises:
+        ValueError: the text is shorter than one window, a token id is outside the vocabulary, a
+            number is out of range, or the model gives logits that are not finite.
+    """
+    limit = model.config.max_position_embeddings
+    if not 2 <= context <= limit:
+        raise ValueError(f"context is {context}; expected 2 to {limit}, the model's max_position_embeddings")
+    if batch_size < 1:
+        raise ValueError(f"batch size is {batch_size}; expected at least 1")
+    windows = data.windows(tokens, context, max_windows)
+    check_tokens(windows, model.config.vocab_size, "text")
+
+    start = time.perf_counter()
+    losses = np.empty(len(windows))
+    with tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress) as bar:
+        for first in range(0, len(windows), batch_size):
+            batch = windows[first : first + batch_size]
+            losses[first : first + batch_size] = _window_losses(model, batch)
+            if not np.isfinite(losses[first : first + batch_size]).all():
+                raise ValueError(
+                    f"the model gives logits that are not finite on window {first}; "
+                    "one of its tensors probably holds NaN or infinite values"
+                )
+            bar.update(len(batch))
+    return Perplexity(
+        value=float(np.exp(losses.mean())),
+        windows=len(windows),
+        tokens=len(windows) * (context - 1),
+        context=context,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _window_losses(model: Decoder, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B"]:
+    """Mean negative log-likelihood of all tokens of a window but the first, in nats, float64 [B]."""
+    hidden = model.hidden(tokens)
+    targets = np.roll(tokens, -1, axis=1)
+    step = max(1, HEAD_TOKENS // len(tokens))
+    losses = [
+        np.asarray(_negative_log_likelihood(model.head(hidden[:, at : at + step]), targets[:, at : at + step]))
+        for at in range(0, tokens.shape[1], step)
+    ]
+    return np.concatenate(losses, axis=1)[:, :-1].mean(axis=1, dtype=np.float64)
+
+
+@jax.jit
+def _negative_log_likelihood(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
