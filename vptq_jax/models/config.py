@@ -131,6 +131,16 @@ class ModelConfig:
         """The sliding window of a layer, None where it sees everything."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model can attend to: the trained context, or what the rope stretches it to."""
+        rope, trained = self.rope, self.max_position_embeddings
+        if rope.type in ("linear", "dynamic"):
+            return int(trained * rope.factor)
+        if rope.type == "yarn":
+            return max(trained, int((rope.original_max_position_embeddings or 0) * rope.factor))
+        return trained
+
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Reads a `config.json`, of transformers 4 (`rope_scaling`) or 5 (`rope_parameters`).
@@ -323,9 +333,9 @@ def _read_dtype(reader: _Reader) -> str:
 
 
 def _read_window(reader: _Reader, model_type: str, num_layers: int | None) -> dict[str, Any]:
-    window = reader.integer("sliding_window", _FAMILIES[model_type].sliding_window)
-    if reader.raw.get("sliding_window", 0) is None:
-        window = None
+    # Null means no window; a missing key means the family's own.
+    given = "sliding_window" in reader.raw
+    window = reader.integer("sliding_window", None if given else _FAMILIES[model_type].sliding_window)
     full: tuple[int, ...] = ()
     if model_type == "qwen2":
         if not reader.boolean("use_sliding_window", False):
