@@ -111,18 +111,33 @@ class SafetensorsFiles:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, dtype: Any = None) -> np.ndarray:
         """One tensor, in a fresh aligned buffer.
+
+        Args:
+            name: the tensor's name.
+            dtype: convert to this dtype piece by piece, without a second copy of the tensor; None keeps the stored one.
 
         Raises:
             ValueError: the file became shorter since its header was read.
         """
         info = self.tensors[name]
-        buffer = aligned_empty(info.nbytes)
+        dtype = info.dtype if dtype is None else np.dtype(dtype)
+        size = math.prod(info.shape)
+        result = aligned_empty(size * dtype.itemsize).view(dtype)
+        what = f"{info.file}: tensor {name!r}"
         with info.file.open("rb", buffering=0) as stream:
             stream.seek(info.offset)
-            _read_fully(stream, buffer, f"{info.file}: tensor {name!r}")
-        return buffer.view(info.dtype).reshape(info.shape)
+            if dtype == info.dtype:
+                _read_fully(stream, result.view(np.uint8), what)
+            else:
+                scratch = np.empty(min(size, _CHUNK), info.dtype)
+                for start in range(0, size, _CHUNK):
+                    piece = scratch[: min(_CHUNK, size - start)]
+                    _read_fully(stream, piece.view(np.uint8), what)
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        result[start : start + piece.size] = piece
+        return result.reshape(info.shape)
 
 
 def aligned_empty(nbytes: int) -> np.ndarray:

@@ -1,0 +1,122 @@
+"""Hugging Face directories and hub ids: plain safetensors in."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vptq_jax.convert.files import read_json, resolve_directory
+from vptq_jax.convert.safetensors_reader import SafetensorsFiles
+from vptq_jax.convert.source import FLOATS, Plan, StoredSource, check_dtype, raise_problems
+from vptq_jax.convert.tokenizer import load_tokenizer
+
+from vptq_jax.models.config import ModelConfig
+from vptq_jax.models.decoder import Decoder
+from vptq_jax.models.registry import build
+
+# Buffers that older versions of transformers saved; every model computes them anew.
+_HARMLESS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+
+def load_hf(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False) -> Decoder:
+    """A plain Hugging Face checkpoint as a model, tensor by tensor.
+
+    Args:
+        path_or_id: a directory, or a hub id such as `HuggingFaceTB/SmolLM2-135M`.
+        dtype: dtype of the parameters; None keeps every tensor as it is stored.
+        progress: show a bar.
+
+    Raises:
+        FileNotFoundError: no such checkpoint, or no weights in it.
+        NotImplementedError: its weights are quantized by another method.
+        ValueError: everything that is wrong with it, gathered before a weight is read.
+    """
+    target = check_dtype(dtype)
+    directory = resolve_directory(path_or_id)
+    raw = read_json(directory / "config.json")
+    method = quantization_method(raw)
+    if method is not None:
+        raise NotImplementedError(f"{directory} is quantized by {method!r}; only plain checkpoints and 'vptq' are read")
+    files = SafetensorsFiles(directory)
+    config = read_config(raw, files)
+    raise_problems(f"{directory} does not fit its config.json", tensor_problems(Plan(config).shapes, files, config))
+    with progress_bar(files.nbytes, progress) as advance:
+        model = build(config, StoredSource(lambda name: files.read(name, target), advance))
+    return finish(model, directory)
+
+
+def quantization_method(raw: Mapping[str, Any]) -> str | None:
+    """The `quant_method` that a config.json names, None for a plain checkpoint."""
+    section = raw.get("quantization_config")
+    if section is None:
+        return None
+    return str(section.get("quant_method")) if isinstance(section, Mapping) else repr(section)
+
+
+def read_config(raw: Mapping[str, Any], files: SafetensorsFiles) -> ModelConfig:
+    """The model config, after checking that it does not claim more layers than there are tensors.
+
+    Raises:
+        ValueError: see `ModelConfig.from_hf`.
+    """
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(files.tensors):
+        raise ValueError(f"num_hidden_layers is {layers}, but the checkpoint holds only {len(files.tensors)} tensors")
+    return ModelConfig.from_hf(raw)
+
+
+def tensor_problems(expected: Mapping[str, tuple[int, ...]], files: SafetensorsFiles, config: ModelConfig) -> list[str]:
+    """Missing, misshapen, wrongly typed and unexpected tensors, one line each."""
+    problems = []
+    for name, shape in expected.items():
+        if name not in files:
+            problems.append(f"{name} is missing; expected shape {list(shape)}")
+        elif files[name].shape != shape:
+            problems.append(f"{name} has shape {list(files[name].shape)}; expected {list(shape)}")
+        elif files[name].dtype.name not in FLOATS:
+            problems.append(f"{name} has dtype {files[name].dtype.name}; expected {', '.join(FLOATS)}")
+    return problems + [
+        f"{name} of shape {list(files[name].shape)} is unexpected"
+        for name in files
+        if name not in expected and not is_harmless(name, config)
+    ]
+
+
+def is_harmless(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor that no model asks for may be left out in silence."""
+    return bool(_HARMLESS.search(name)) or (config.tie_word_embeddings and name == "lm_head.weight")
+
+
+def finish(model: Decoder, directory: Path) -> Decoder:
+    """Gives a model the tokenizer and generation config that lie beside its weights."""
+    model.tokenizer = load_tokenizer(directory)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = read_json(directory / "generation_config.json")
+    model.config = with_stop_tokens(model.config, model.generation_config)
+    model.config = dataclasses.replace(model.config, dtype=str(model.dtype))
+    return model
+
+
+def with_stop_tokens(config: ModelConfig, generation_config: Mapping[str, Any] | None) -> ModelConfig:
+    """The config with the stop tokens of the generation config, which win where both are given."""
+    stops = (generation_config or {}).get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [stops]
+    if not all(isinstance(stop, int) and 0 <= stop < config.vocab_size for stop in stops):
+        return config
+    return dataclasses.replace(config, eos_token_id=tuple(stops))
+
+
+@contextlib.contextmanager
+def progress_bar(total_bytes: int, show: bool, what: str = "reading") -> Iterator[Callable[[int], Any] | None]:
+    """A bar over bytes; yields the function that advances it, or None."""
+    if not show:
+        yield None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what) as bar:
+        yield bar.update
