@@ -79,6 +79,12 @@ class Block(nnx.Module):
         y, cache = self.self_attn.step(self.input_layernorm(h), at, cache)
         return self._mlp(h + y), cache
 
+    def places(self) -> Iterator[tuple[str, nnx.Module, str]]:
+        """Path within the block, owner and attribute of every linear layer, in forward order."""
+        for group, names in (("self_attn", _ATTENTION_LINEARS), ("mlp", _MLP_LINEARS)):
+            for name in names:
+                yield f"{group}.{name}", getattr(self, group), name
+
     def _mlp(self, h: Array) -> Array:
         return h + self.mlp(self.post_attention_layernorm(h))
 
@@ -225,12 +231,8 @@ class Decoder(nnx.Module):
 
     def _places(self) -> Iterator[tuple[str, nnx.Module, str]]:
         for index, block in enumerate(self.layers):
-            for group, owner, names in (
-                ("self_attn", block.self_attn, _ATTENTION_LINEARS),
-                ("mlp", block.mlp, _MLP_LINEARS),
-            ):
-                for name in names:
-                    yield f"model.layers.{index}.{group}.{name}", owner, name
+            for path, owner, name in block.places():
+                yield f"model.layers.{index}.{path}", owner, name
 
 
 def check_tokens(tokens: Any, vocab_size: int, what: str = "tokens") -> None:
@@ -280,9 +282,9 @@ _rotary = jax.jit(rotary, static_argnums=0)
 
 
 def _lookup_rows(table: Linear | VQLinear, tokens: Array, *, dtype: Any) -> Array:
-    weight = table.weight
-    rows = weight.take_rows(tokens, dtype) if isinstance(table, VQLinear) else weight[...][tokens]
-    return rows.astype(dtype)
+    if isinstance(table, VQLinear):
+        return table.weight.take_rows(tokens, dtype)
+    return table.weight[...][tokens].astype(dtype)
 
 
 _lookup = jax.jit(_lookup_rows, static_argnames="dtype")
