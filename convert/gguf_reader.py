@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
 from vptq_jax.convert.safetensors_reader import aligned_empty
 
 _MAGIC = b"GGUF"
@@ -71,7 +72,7 @@ class GGUFFile:
         Args:
             name: GGUF name.
             dtype: float dtype of the result.
-            rows: where each stored row goes (a permutation of the first axis), or None.
+            rows: where each stored row (of a vector: each entry) goes, or None.
         """
         from gguf import GGMLQuantizationType, dequantize
 
@@ -90,7 +91,12 @@ class GGUFFile:
                     raise ValueError(f"{self.path}: the file ended inside tensor {name!r}")
                 block = np.frombuffer(raw, np.uint8).reshape(stop - start, tensor.row_bytes)
                 values = dequantize(block, GGMLQuantizationType[tensor.type])
-                result[slice(start, stop) if rows is None else rows[start:stop]] = values
+                if rows is None:
+                    result[start:stop] = values
+                elif len(tensor.shape) == 1:
+                    result[0, rows] = values[0]
+                else:
+                    result[rows[start:stop]] = values
         return result.reshape(tensor.shape)
 
 

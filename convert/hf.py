@@ -13,7 +13,6 @@ from vptq_jax.convert.files import read_json, resolve_directory
 from vptq_jax.convert.safetensors_reader import SafetensorsFiles
 from vptq_jax.convert.source import FLOATS, Plan, StoredSource, check_dtype, raise_problems
 from vptq_jax.convert.tokenizer import load_tokenizer
-
 from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.decoder import Decoder
 from vptq_jax.models.registry import build

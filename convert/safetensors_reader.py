@@ -19,6 +19,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
 from vptq_jax.convert.files import parse_json, read_json
 
 MAX_HEADER_BYTES = 100_000_000

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Array
-from vptq_jax.convert.safetensors_reader import find_nonfinite
 
+from vptq_jax.convert.safetensors_reader import find_nonfinite
 from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.linear import Linear, VQLinear
 from vptq_jax.models.params import AbstractSource, DenseSource

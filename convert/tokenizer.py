@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
 from vptq_jax.convert.files import TOKENIZER_FILES
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type

@@ -1,0 +1,211 @@
+"""GGUF files in: dequantized tensors, the config from metadata, the tokenizer; no PyTorch needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vptq_jax.convert.gguf_reader import GGUFFile
+from vptq_jax.convert.hf import progress_bar
+from vptq_jax.convert.source import Plan, StoredSource, check_dtype, raise_problems
+from vptq_jax.convert.tokenizer import gguf_tokenizer
+from vptq_jax.models.config import ModelConfig, RopeConfig
+from vptq_jax.models.decoder import Decoder
+from vptq_jax.models.registry import build
+from vptq_jax.models.rope import inverse_frequencies
+
+ARCHITECTURES = ("llama", "qwen2")
+"""Values of `general.architecture` that are read; Mistral files call themselves llama."""
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TENSOR = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>[a-z_]+)\.(?P<kind>weight|bias)")
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+def load_gguf(path: str | Path, *, dtype: Any = None, progress: bool = False) -> Decoder:
+    """A GGUF file as a model, tensor by tensor, with its tokenizer.
+
+    Args:
+        path: the file.
+        dtype: dtype of the parameters; None means float32, which holds every GGUF type exactly.
+        progress: show a bar.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: the `gguf` package is missing.
+        NotImplementedError: an architecture or tokenizer that is not supported.
+        ValueError: everything that is wrong with it, gathered before a weight is read.
+    """
+    target = check_dtype(dtype) or np.dtype(np.float32)
+    file = GGUFFile(path)
+    config = gguf_config(file)
+    names = {hugging_face_name(name): name for name in file.tensors if name != _ROPE_FACTORS}
+    raise_problems(f"{path} does not fit its metadata", _tensor_problems(config, file, names))
+    tokenizer = gguf_tokenizer(file.metadata)
+
+    def read(name: str) -> np.ndarray:
+        return file.read(names[name], target, _row_positions(name, config, file))
+
+    total = sum(int(np.prod(tensor.shape)) for tensor in file.tensors.values()) * target.itemsize
+    with progress_bar(total, progress) as advance:
+        model = build(dataclasses.replace(config, dtype=target.name), StoredSource(read, advance))
+    model.tokenizer = tokenizer
+    return model
+
+
+def hugging_face_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay."""
+    match = _TENSOR.fullmatch(name)
+    if match is None or match["part"] not in _NAMES:
+        return name
+    layer = f"model.layers.{match['layer']}." if match["layer"] else ""
+    return f"{layer}{_NAMES[match['part']]}.{match['kind']}"
+
+
+def gguf_config(file: GGUFFile) -> ModelConfig:
+    """The model config that a GGUF file's metadata and tensor names describe.
+
+    Raises:
+        NotImplementedError: another architecture, experts, or a partial or unknown rope.
+        ValueError: keys that are missing or do not fit together.
+    """
+    architecture = file.metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise NotImplementedError(
+            f"{file.path} is of architecture {architecture!r}; supported are {', '.join(ARCHITECTURES)}"
+        )
+    meta = _Section(file.metadata, architecture)
+    if meta.get("expert_count", 0):
+        raise NotImplementedError(f"{file.path} is a mixture of {meta.get('expert_count')} experts; not supported")
+    if meta["block_count"] > len(file.tensors):
+        raise ValueError(f"{file.path} claims {meta['block_count']} layers, but holds {len(file.tensors)} tensors")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ValueError(f"{file.path} has no tensor 'token_embd.weight'")
+    heads = meta["attention.head_count"]
+    head_dim = meta.get("attention.key_length") or meta.get("rope.dimension_count") or meta["embedding_length"] // heads
+    window = meta.get("attention.sliding_window")
+    model_type = "mistral" if architecture == "llama" and window else architecture
+    raw = {
+        "model_type": model_type,
+        "vocab_size": embedding.shape[0],
+        "hidden_size": meta["embedding_length"],
+        "intermediate_size": meta["feed_forward_length"],
+        "num_hidden_layers": meta["block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": meta.get("attention.head_count_kv") or heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": _shortest(meta["attention.layer_norm_rms_epsilon"]),
+        "max_position_embeddings": meta["context_length"],
+        "sliding_window": window or None,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": list(_stop_tokens(file.metadata)) or None,
+        "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
+        "rope_parameters": _rope(file, meta, head_dim),
+    }
+    biases = {
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "attention_out_bias": "blk.0.attn_output.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+    }
+    return dataclasses.replace(ModelConfig.from_hf(raw), **biases)
+
+
+class _Section:
+    """The metadata keys of one architecture."""
+
+    def __init__(self, metadata: Mapping[str, Any], prefix: str):
+        self.metadata, self.prefix = metadata, prefix
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.metadata.get(f"{self.prefix}.{key}", default)
+
+    def __getitem__(self, key: str) -> Any:
+        value = self.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise ValueError(f"GGUF metadata {self.prefix}.{key} is {value!r}; expected a number above 0")
+        return value
+
+
+def _shortest(value: float) -> float:
+    """The decimal number that a float32 was written as: 9.99999974e-06 -> 1e-05."""
+    return float(str(np.float32(value)))
+
+
+def _stop_tokens(metadata: Mapping[str, Any]) -> Iterator[int]:
+    for key in ("eos_token_id", "eot_token_id"):
+        if f"tokenizer.ggml.{key}" in metadata:
+            yield metadata[f"tokenizer.ggml.{key}"]
+
+
+def _rope(file: GGUFFile, meta: _Section, head_dim: int) -> dict[str, Any]:
+    rotated = meta.get("rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        raise NotImplementedError(f"{file.path} rotates {rotated} of {head_dim} dimensions a head; expected all")
+    rope: dict[str, Any] = {"rope_theta": _shortest(meta.get("rope.freq_base", 10000.0)), "rope_type": "default"}
+    kind = meta.get("rope.scaling.type", "none")
+    if kind not in ("none", "linear", "yarn"):
+        raise NotImplementedError(f"{file.path} has rope scaling {kind!r}; supported are none, linear and yarn")
+    if kind != "none":
+        rope |= {"rope_type": kind, "factor": _shortest(meta["rope.scaling.factor"])}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = meta["rope.scaling.original_context_length"]
+    if _ROPE_FACTORS in file.tensors:
+        rope |= _llama3_rope(file, rope["rope_theta"], head_dim)
+    return rope
+
+
+def _llama3_rope(file: GGUFFile, theta: float, head_dim: int) -> dict[str, Any]:
+    """Llama 3's rope from the divisors of its frequencies, which is all that a GGUF file keeps of it."""
+    divisors = file.read(_ROPE_FACTORS).reshape(-1)
+    rope = {
+        "rope_type": "llama3",
+        "factor": _shortest(float(divisors.max(initial=1))),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    scaled = RopeConfig(theta=theta, type="llama3", **{key: value for key, value in rope.items() if key != "rope_type"})
+    expected = inverse_frequencies(RopeConfig(theta), head_dim)[0] / inverse_frequencies(scaled, head_dim)[0]
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+        raise NotImplementedError(f"{file.path}: {_ROPE_FACTORS} is not the rope scaling of Llama 3.1 to 3.3")
+    return rope
+
+
+def _tensor_problems(config: ModelConfig, file: GGUFFile, names: dict[str, str]) -> list[str]:
+    expected = Plan(config).shapes
+    problems = []
+    for name, shape in expected.items():
+        if name not in names:
+            problems.append(f"{name} is missing; expected shape {list(shape)}")
+        elif file.tensors[names[name]].shape != shape:
+            problems.append(f"{names[name]} has shape {list(file.tensors[names[name]].shape)}; expected {list(shape)}")
+    return problems + [f"{names[name]} is unexpected" for name in names if name not in expected]
+
+
+def _row_positions(name: str, config: ModelConfig, file: GGUFFile) -> np.ndarray | None:
+    """Where the rows of q and k belong: GGUF files of LLaMA interleave the two halves of every head."""
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
+    if heads is None or file.metadata["general.architecture"] != "llama":
+        return None
+    rows = np.arange(heads * config.head_dim)
+    return rows.reshape(heads, 2, config.head_dim // 2).swapaxes(1, 2).reshape(-1)
