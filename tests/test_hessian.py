@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from vptq_jax.quantize.activations import Moment, hessian_key
 from vptq_jax.quantize.fingerprint import array_digest
-from vptq_jax.quantize.hessian import Hessians, Moment, check_hessian, hessian_key, load_hessians
+from vptq_jax.quantize.hessian import Hessians, load_hessians
 
 
 def example(fingerprint="model a", tokens=100):
@@ -47,7 +48,6 @@ def test_moment_of_bfloat16_rows_is_exact_in_the_products():
     found = Moment.zeros(5).add(x).mean(64)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, rows.T @ rows / 64, rtol=1e-6, atol=1e-7)
-    np.testing.assert_array_equal(found, found.T)
 
 
 def test_layers_that_share_an_input_share_a_key():
@@ -123,23 +123,6 @@ def test_mixed_collections_are_refused(tmp_path):
     assert load_file(tmp_path / "a" / name)["hessian"].shape == (6, 6)
     with pytest.raises(ValueError, match="mixes two collections"):
         load_hessians(tmp_path / "a")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda h: h[:5, :5], r"shape \[5, 5\], expected \[6, 6\]"),
-        (lambda h: h * np.float32(np.nan), "NaN or infinite"),
-        (lambda h: h + np.triu(np.ones_like(h), 1), "not symmetric"),
-        (lambda h: -h, "negative diagonal"),
-    ],
-)
-def test_bad_hessians_are_named(change, message):
-    hessian = example().for_module("model.layers.0.self_attn.o_proj")
-    check_hessian(hessian, "some.path", 6)
-    check_hessian(np.zeros((6, 6), np.float32), "some.path", 6)
-    with pytest.raises(ValueError, match=f"some.path .*{message}"):
-        check_hessian(change(hessian), "some.path", 6)
 
 
 def test_array_digest_sees_values_and_order_not_dtype():

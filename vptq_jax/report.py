@@ -68,29 +68,40 @@ class QuantReport:
 
     def table(self) -> rich.table.Table:
         """A table for `rich.print`: a line per operator, the means below."""
+        from rich import box
         from rich.table import Table
 
         stages = self._stages()
-        table = Table(title="Quantized operators", caption="errors: tr(E H E') / tr(W H W')", show_footer=True)
-        table.add_column("operator", footer=f"{len(self.operators)} operators", no_wrap=True)
-        table.add_column("spec")
-        right = {"justify": "right", "no_wrap": True}
-        table.add_column("bits", f"{self.bits_nominal:.3f}", **right)
-        table.add_column("stored", f"{self.bits_total:.3f}", **right)
-        for stage in stages:
-            values = [row[f"error_{stage}"] for row in self.operators if row.get(f"error_{stage}") is not None]
-            table.add_column(stage.replace("_", " "), f"{np.mean(values):.4f}", **right)
-        table.add_column("seconds", f"{sum(row['seconds'] or 0 for row in self.operators):.1f}", **right)
-        table.add_column("notes")
-        for row in self.operators:
+        specs = {row["spec"] for row in self.operators}
+        notes = [_notes(row, self.config.get("damping", 0.0)) for row in self.operators]
+        table = Table(
+            title="Quantized operators" + (f", {specs.copy().pop()}" if len(specs) == 1 else ""),
+            caption="bits: indices alone, and everything stored; errors: tr(E H E^T) / tr(W H W^T) after each stage",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            show_footer=True,
+        )
+        table.add_column("operator", f"{len(self.operators)} operators", no_wrap=True)
+        if len(specs) > 1:
+            table.add_column("spec", no_wrap=True)
+        for name, footer in (("bits", self.bits_nominal), ("stored", self.bits_total)):
+            table.add_column(name, f"{footer:.3f}", justify="right", no_wrap=True)
+        for stage, field in stages.items():
+            mean = np.mean([row[field] for row in self.operators if field in row])
+            table.add_column(stage, f"{mean:.4f}", justify="right", no_wrap=True)
+        seconds = sum(row["seconds"] or 0 for row in self.operators)
+        table.add_column("seconds", f"{seconds:.1f}", justify="right", no_wrap=True)
+        if any(notes):
+            table.add_column("notes")
+        for row, note in zip(self.operators, notes, strict=True):
             table.add_row(
-                row["path"].removeprefix("model.layers."),
-                row["spec"],
+                _short_path(row["path"]),
+                *([row["spec"]] if len(specs) > 1 else []),
                 f"{row['bits_nominal']:.3f}",
                 f"{row['bits_total']:.3f}",
-                *(_number(row.get(f"error_{stage}"), "{:.4f}") for stage in stages),
+                *(_number(row.get(field), "{:.4f}") for field in stages.values()),
                 _number(row["seconds"], "{:.1f}"),
-                _notes(row, self.config.get("damping", 0.0)),
+                *([note] if any(notes) else []),
             )
         return table
 
@@ -107,11 +118,12 @@ class QuantReport:
         pictures = {"error_by_layer.png": self._draw_layers, "bits_and_error.png": self._draw_bits}
         return [_save_picture(directory / name, draw) for name, draw in pictures.items()]
 
-    def _stages(self) -> list[str]:
-        """Names of the error columns, in the order in which they are computed."""
-        return list(
-            dict.fromkeys(key[6:] for row in self.operators for key in row if key.startswith("error_"))
-        )
+    def _stages(self) -> dict[str, str]:
+        """Heading and field of the stages that any operator went through, in order; refinement by its outcome."""
+        stages = {"k-means": "error_kmeans", "pass": "error_pass", "residual": "error_residual"}
+        found = {name: field for name, field in stages.items() if any(field in row for row in self.operators)}
+        refined = any(row.get("rounds") for row in self.operators)
+        return found | ({"refined": "error"} if refined else {})
 
     def _by_kind(self) -> dict[str, list[dict[str, Any]]]:
         kinds: dict[str, list[dict[str, Any]]] = {}
@@ -136,8 +148,8 @@ def peak_memory() -> dict[str, int]:
     """Highest memory of this process so far in bytes: `host`, and `device` where the backend counts it."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    device = [stats["peak_bytes_in_use"] for d in jax.local_devices() if (stats := d.memory_stats() or {}) and "peak_bytes_in_use" in stats]
-    return peak | ({"device": max(device)} if device else {})
+    counts = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    return peak | ({"device": max(counts)} if any(counts) else {})
 
 
 def _save_picture(path: Path, draw: Callable[[Any], None]) -> Path:
@@ -155,6 +167,12 @@ def _save_picture(path: Path, draw: Callable[[Any], None]) -> Path:
     figure.savefig(content, format="png", dpi=150)
     write_atomic(path, content.getvalue())
     return path
+
+
+def _short_path(path: str) -> str:
+    """`3.q_proj` for `model.layers.3.self_attn.q_proj`."""
+    parts = path.split(".")
+    return f"{parts[2]}.{parts[-1]}" if path.startswith("model.layers.") else path
 
 
 def _layer(path: str) -> float:

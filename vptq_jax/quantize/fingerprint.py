@@ -1,4 +1,7 @@
-"""Digests of arrays and models: how saved Hessians and finished operators know what they belong to."""
+"""Digests of arrays and models: how saved Hessians and finished operators know what they belong to.
+
+Values count, dtypes and file formats do not: a model and its float32 copy are the same.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt
+
+from vptq_jax.models.decoder import Block, Decoder
+from vptq_jax.models.linear import Linear, VQLinear
 
 
 def array_digest(array: Array | np.ndarray) -> str:
@@ -51,3 +57,32 @@ def model_fingerprint(config: Mapping[str, Any], weights: Mapping[str, str]) -> 
     """
     text = json.dumps([dict(config), dict(weights)], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def weight_digests(model: Decoder) -> dict[str, str]:
+    """`array_digest` of every tensor of a model; quantized weights count by the values that they stand for."""
+    digests = {"model.norm.weight": array_digest(model.norm.weight[...])}
+    for index, block in enumerate(model.layers):
+        digests |= block_digests(block, f"model.layers.{index}")
+    for path, layer in (("model.embed_tokens", model.embed_tokens), ("lm_head", model.lm_head)):
+        if layer is not None:
+            digests |= layer_digests(layer, path)
+    return digests
+
+
+def block_digests(block: Block, name: str) -> dict[str, str]:
+    """`weight_digests` of one block."""
+    digests = {
+        f"{name}.{norm}.weight": array_digest(getattr(block, norm).weight[...])
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+    for path, owner, attribute in block.places():
+        digests |= layer_digests(getattr(owner, attribute), f"{name}.{path}")
+    return digests
+
+
+def layer_digests(layer: Linear | VQLinear, path: str) -> dict[str, str]:
+    """`weight_digests` of one linear layer."""
+    weight = layer.weight.dequantize() if isinstance(layer, VQLinear) else layer.weight[...]
+    digests = {f"{path}.weight": array_digest(weight)}
+    return digests if layer.bias is None else digests | {f"{path}.bias": array_digest(layer.bias[...])}

@@ -57,6 +57,10 @@ class WorkDir:
             write_atomic(file, json.dumps(record, indent=1).encode())
         self._seconds = self._read_seconds()
 
+    def has(self, path: str) -> bool:
+        """Whether an operator is finished."""
+        return self._file(path).exists()
+
     def load(self, path: str, inputs: Mapping[str, Any]) -> tuple[VQArray, dict[str, Any]] | None:
         """The finished operator and its statistics, or None when it is not finished.
 
@@ -74,7 +78,8 @@ class WorkDir:
         except (safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{file} is damaged ({error}); delete it to quantize {path} again") from None
         _refuse_changes(header["inputs"], inputs, self.directory, f"made {path} from other inputs")
-        array = VQArray(**{name: arrays.get(name) for name in _FIELDS}, layout=VQLayout(**header["layout"]))
+        fields: dict[str, Any] = {name: arrays.get(name) for name in _FIELDS}
+        array = VQArray(**fields, layout=VQLayout(**header["layout"]))
         return array.validate(path), header["stats"] | {"seconds": self._seconds.get(path)}
 
     def save(self, path: str, array: VQArray, stats: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:

@@ -1,0 +1,238 @@
+"""Calibration batches on their way through a decoder, block by block, and the second moments they leave."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from vptq_jax.models.decoder import Block, Decoder, RMSNorm, check_tokens
+from vptq_jax.models.linear import Linear, VQLinear
+from vptq_jax.models.rope import Rotary
+
+# Layers that read the same tensor as another one, which carries the H of all of them.
+_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+
+def hessian_key(path: str) -> str:
+    """The module path under which the H of a module is kept: that of q_proj for k_proj, and so on."""
+    parent, _, name = path.rpartition(".")
+    name = _SAME_INPUT.get(name, name)
+    return f"{parent}.{name}" if parent else name
+
+
+class Moment(NamedTuple):
+    """A running sum of X^T Y in float32, with what rounding has taken from it."""
+
+    total: Float[Array, "in in"]
+    lost: Float[Array, "in in"]
+
+    @classmethod
+    def zeros(cls, features: int) -> Moment:
+        """The sum over no tokens."""
+        return cls(jnp.zeros((features, features), jnp.float32), jnp.zeros((features, features), jnp.float32))
+
+    def add(self, x: Float[Array, "*batch in"], y: Float[Array, "*batch in"] | None = None) -> Moment:
+        """Adds X^T Y (by default X^T X), losing no more than a single rounding over any number of calls."""
+        rows = x.reshape(-1, x.shape[-1])
+        columns = rows if y is None else y.reshape(-1, y.shape[-1])
+        term = jnp.einsum(
+            "ti,tj->ij", rows, columns, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
+        # Kahan's summation with Knuth's two-sum, which needs no order of magnitudes.
+        term = term + self.lost
+        total = self.total + term
+        kept = total - self.total
+        return Moment(total, (self.total - (total - kept)) + (term - kept))
+
+    def mean(self, tokens: int) -> Float[np.ndarray, "in in"]:
+        """The moment per token, summed in float64, as float32 on the host."""
+        exact = np.asarray(self.total, np.float64) + np.asarray(self.lost, np.float64)
+        return (exact / tokens).astype(np.float32)
+
+    def finite(self) -> Bool[Array, ""]:
+        """Whether every row added so far was finite (squares of others show on the diagonal)."""
+        return jnp.isfinite(jnp.trace(self.total))
+
+
+class Activations:
+    """Hidden states of every calibration batch in front of one block, kept on the host.
+
+    Args:
+        model: gives embedding, rotary positions and final norm; its blocks are passed in one by one.
+        batches: int32 [B, T] each, checked.
+    """
+
+    def __init__(self, model: Decoder, batches: Sequence[Int[np.ndarray, "B T"]]):
+        self.tokens = sum(batch.size for batch in batches)
+        self._norm = model.norm
+        lengths = {batch.shape[1] for batch in batches}
+        self._at = {length: model.rotary(jnp.arange(length)[None]) for length in lengths}
+        self._hidden = [np.asarray(model.embed(jnp.asarray(batch))) for batch in batches]
+
+    def advance(self, block: Block) -> None:
+        """Replaces the hidden states by the outputs of a block."""
+        self._hidden = self._fetch(_run(block, jnp.asarray(h), self._at[h.shape[1]]) for h in self._hidden)
+
+    def observe(self, block: Block, name: str, *, advance: bool) -> dict[str, Float[np.ndarray, "in in"]]:
+        """H of the inputs of a block's linear layers, by module path.
+
+        Args:
+            block: the block that these hidden states enter.
+            name: its module path, such as `model.layers.0`.
+            advance: replace the hidden states by the block's outputs.
+
+        Raises:
+            ValueError: an input is not finite; names the layer.
+        """
+        moments = _zero_moments(block)
+
+        def outputs() -> Iterator[Array]:
+            nonlocal moments
+            for h in self._hidden:
+                out, moments = _observe(block, jnp.asarray(h), self._at[h.shape[1]], moments)
+                yield out
+
+        hidden = self._fetch(outputs())
+        if advance:
+            self._hidden = hidden
+        return self._means(moments, name)
+
+    def observe_drift(
+        self, exact: Activations, block: Block, name: str
+    ) -> tuple[dict[str, Float[np.ndarray, "in in"]], dict[str, Float[np.ndarray, "in in"]]]:
+        """As `observe`, and the drift moments D = (X - X~)^T X~ / T against the full-precision model's inputs X.
+
+        Args:
+            exact: hidden states of the full-precision model, which advance; these ones (X~) stay.
+            block: full-precision block.
+            name: its module path.
+
+        Returns:
+            (H of X~, D), by module path.
+        """
+        moments, drifts = _zero_moments(block), _zero_moments(block)
+
+        def outputs() -> Iterator[Array]:
+            nonlocal moments, drifts
+            for h, h_exact in zip(self._hidden, exact._hidden, strict=True):
+                at = self._at[h.shape[1]]
+                out, moments, drifts = _observe_pair(block, jnp.asarray(h), jnp.asarray(h_exact), at, moments, drifts)
+                yield out
+
+        exact._hidden = self._fetch(outputs())
+        means = self._means(moments, name)
+        return means, {f"{name}.{path}": drift.mean(self.tokens) for path, drift in drifts.items()}
+
+    def observe_head(self) -> Float[np.ndarray, "in in"]:
+        """H of the output projection's input: the hidden states behind the last block, normalized."""
+        moment = Moment.zeros(self._hidden[0].shape[-1])
+        for h in self._hidden:
+            moment = _observe_norm(self._norm, jnp.asarray(h), moment)
+        return self._means({"norm": moment}, "model")["model.norm"]
+
+    def _means(self, moments: dict[str, Moment], name: str) -> dict[str, Float[np.ndarray, "in in"]]:
+        for path, moment in moments.items():
+            if not bool(moment.finite()):
+                raise ValueError(
+                    f"the calibration data gives {name}.{path} values that are NaN, infinite or have squares beyond "
+                    "float32, expected finite ones; check the weights before it, or load the model in float32"
+                )
+        means = {f"{name}.{path}": moment.mean(self.tokens) for path, moment in moments.items()}
+        return {path: (mean + mean.T) / 2 for path, mean in means.items()}
+
+    @staticmethod
+    def _fetch(outputs: Iterable[Array]) -> list[np.ndarray]:
+        """Outputs on the host; each is fetched while the device works on the next."""
+        fetched: list[np.ndarray] = []
+        waiting = None
+        for output in outputs:
+            if waiting is not None:
+                fetched.append(np.asarray(waiting))
+            waiting = output
+        return fetched if waiting is None else [*fetched, np.asarray(waiting)]
+
+
+def check_batches(batches: Iterable[Int[Array, "B T"]], vocab_size: int) -> Iterator[Int[np.ndarray, "B T"]]:
+    """Yields calibration batches as int32 on the host.
+
+    Raises:
+        ValueError: a batch is not an integer [B, T], holds ids outside the vocabulary, or there is none.
+    """
+    count = 0
+    for count, batch in enumerate(batches, 1):
+        check_tokens(batch, vocab_size, f"calibration batch {count - 1}")
+        tokens = np.asarray(batch, np.int32)
+        if not tokens.size:
+            raise ValueError(f"calibration batch {count - 1} has shape {list(tokens.shape)}, expected at least a token")
+        yield tokens
+    if not count:
+        raise ValueError("there are no calibration batches; is the text shorter than one window?")
+
+
+class _Tap:
+    """Stands in for a linear layer while a block is traced, and notes its input."""
+
+    def __init__(self, layer: Linear | VQLinear, inputs: dict[str, Array], path: str):
+        self.layer, self.inputs, self.path = layer, inputs, path
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        self.inputs[self.path] = x
+        return self.layer(x)
+
+
+def _apply_tapped(block: Block, h: Array, at: Rotary) -> tuple[Array, dict[str, Array]]:
+    """The block's output and every distinct input of its linear layers, by path within the block.
+
+    To be traced: inside `jax.jit` the block is a copy, which this changes.
+    """
+    inputs: dict[str, Array] = {}
+    for path, owner, name in list(block.places()):
+        if hessian_key(path) == path:
+            setattr(owner, name, nnx.static(_Tap(getattr(owner, name), inputs, path)))
+    return block(h, at), inputs
+
+
+def _zero_moments(block: Block) -> dict[str, Moment]:
+    places = [(path, getattr(owner, name)) for path, owner, name in block.places()]
+    return {path: Moment.zeros(layer.shape[1]) for path, layer in places if hessian_key(path) == path}
+
+
+@functools.partial(jax.jit, donate_argnames="moments")
+def _observe(
+    block: Block, h: Float[Array, "B T hidden"], at: Rotary, moments: dict[str, Moment]
+) -> tuple[Float[Array, "B T hidden"], dict[str, Moment]]:
+    h, inputs = _apply_tapped(block, h, at)
+    return h, {path: moment.add(inputs[path]) for path, moment in moments.items()}
+
+
+@functools.partial(jax.jit, donate_argnames=("moments", "drifts"))
+def _observe_pair(
+    block: Block,
+    h: Float[Array, "B T hidden"],
+    h_exact: Float[Array, "B T hidden"],
+    at: Rotary,
+    moments: dict[str, Moment],
+    drifts: dict[str, Moment],
+) -> tuple[Float[Array, "B T hidden"], dict[str, Moment], dict[str, Moment]]:
+    """The block's output for `h_exact`, and the moments with this batch added."""
+    out, inputs = _apply_tapped(block, jnp.concatenate([h, h_exact]), at)
+    for path, both in inputs.items():
+        x, exact = jnp.split(both.astype(jnp.float32), 2)
+        moments |= {path: moments[path].add(x)}
+        drifts |= {path: drifts[path].add(exact - x, x)}
+    return out[len(h) :], moments, drifts
+
+
+@functools.partial(jax.jit, donate_argnames="moment")
+def _observe_norm(norm: RMSNorm, h: Float[Array, "B T hidden"], moment: Moment) -> Moment:
+    return moment.add(norm(h))
+
+
+_run: Callable[[Block, Array, Rotary], Any] = jax.jit(lambda block, h, at: block(h, at))

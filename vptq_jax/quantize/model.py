@@ -1,0 +1,353 @@
+"""`quantize`: every linear layer of a model, block by block, with its progress on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+from tqdm.auto import tqdm
+
+from vptq_jax.array import VQArray
+from vptq_jax.convert.source import Plan
+from vptq_jax.models.config import ModelConfig
+from vptq_jax.models.decoder import Block, Decoder
+from vptq_jax.models.linear import Linear, VQLinear
+from vptq_jax.models.params import AbstractSource, ParamSource
+from vptq_jax.models.registry import build
+from vptq_jax.quantize.activations import check_batches, hessian_key
+from vptq_jax.quantize.calibration import Calibration, GivenHessians, RunningCalibration
+from vptq_jax.quantize.fingerprint import array_digest
+from vptq_jax.quantize.hessian import Hessians
+from vptq_jax.quantize.linalg import check_hessian
+from vptq_jax.quantize.state import WorkDir
+from vptq_jax.quantize.weight import check_centroids, quantize_weight
+from vptq_jax.report import QuantReport, peak_memory
+from vptq_jax.spec import QuantConfig, VQSpec
+
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedModel:
+    """A model whose weights stay in storage until they are asked for.
+
+    Attributes:
+        config: the model's facts.
+        source: reads one tensor at a time; may be asked for any of them, in any order, repeatedly.
+        tokenizer: goes along to the quantized model.
+    """
+
+    config: ModelConfig
+    source: ParamSource
+    tokenizer: Any = None
+
+
+def quantize(
+    model: Decoder | StreamedModel,
+    config: QuantConfig | VQSpec | str,
+    calibration: Hessians | Iterable[Int[Array, "B T"]],
+    *,
+    workdir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> tuple[Decoder, QuantReport]:
+    """Quantizes a model's linear layers with VPTQ.
+
+    Besides what the caller put there, the device holds one block of dense weights and its Hessians at a time; a
+    `StreamedModel` is never in memory as a whole. The output projection and the embedding, when a rule names
+    them, come last; an untied embedding has no input, so all its columns count alike.
+
+    Args:
+        model: left as it is.
+        config: specs by module path, options, seed; a spec alone stands for `QuantConfig(spec)`.
+        calibration: Hessians from `collect_hessians` or `load_hessians`, or token batches [B, T] to collect them
+            from on the way (needed for `mode="sequential"`).
+        workdir: every finished operator is kept there at once; called again with the same inputs after a crash or
+            an interrupt, finished operators are skipped and the result is the same to the bit.
+        progress: show a progress bar.
+
+    Returns:
+        The quantized model, codebooks in float16, and the report.
+
+    Raises:
+        ValueError: before work starts: a spec does not fit a layer, nothing is to be quantized, Hessians belong to
+            another model or are not Hessians, a weight is not finite, batches are unusable, or `workdir` belongs to
+            another run (the message says what changed).
+        OSError: `workdir` cannot be written; what was finished stays usable.
+    """
+    started = time.perf_counter()
+    config = config if isinstance(config, QuantConfig) else QuantConfig(config)
+    shell = _Shell(model)
+    specs = plan(shell.model.config, config)
+    batches = None if isinstance(calibration, Hessians) else list(check_batches(calibration, shell.config.vocab_size))
+    shell.check_weights(specs)
+    if isinstance(calibration, Hessians):
+        _check_hessians(calibration, specs, shell, config)
+    work = WorkDir(workdir, _run_record(shell.config, config)) if workdir is not None else None
+    unfinished = {path for path in specs if not (work and work.has(path))}
+    along: Calibration
+    if isinstance(calibration, Hessians):
+        along = GivenHessians(calibration)
+    else:
+        along = RunningCalibration(shell.model, batches or [], config, _last_block(unfinished, shell.config.num_layers))
+    with tqdm(total=len(specs), desc="Quantizing", unit="layer", disable=not progress) as bar:
+        operators = _Operators(config, specs, along, work, bar)
+        for layer in range(shell.config.num_layers):
+            name = f"model.layers.{layer}"
+            block = shell.dense_block(layer)
+            places = [(f"{name}.{path}", owner, attribute) for path, owner, attribute in block.places()]
+            along.enter(block, layer, needed=any(path in unfinished for path, _, _ in places))
+            for path, owner, attribute in places:
+                if path in specs:
+                    setattr(owner, attribute, operators.quantized(path, getattr(owner, attribute)))
+            along.leave(block)
+            shell.model.layers[layer] = block
+        for path in (_HEAD, _EMBEDDING):
+            if path in specs:
+                shell.model.set_linear(path, operators.quantized(path, shell.end(path)))
+    seconds = {"total": time.perf_counter() - started, "calibration": along.seconds}
+    return shell.model, QuantReport(operators.rows, _config_record(config), seconds, peak_memory())
+
+
+def plan(model: ModelConfig, config: QuantConfig) -> dict[str, VQSpec]:
+    """The spec of every layer that is to be quantized, by module path in the order of work.
+
+    Warns about rules that match no layer.
+
+    Raises:
+        ValueError: a spec does not fit its layer (all such layers are listed), or no layer has a spec.
+    """
+    shapes = _linear_shapes(model)
+    for pattern, _ in config.rules:
+        if not any(re.search(pattern, path) for path in shapes):
+            warnings.warn(
+                f"rule {pattern!r} matches no layer; paths look like {next(iter(shapes))!r} or {_EMBEDDING!r}",
+                stacklevel=3,
+            )
+    specs: dict[str, VQSpec] = {}
+    problems = []
+    for path, shape in shapes.items():
+        spec = config.spec_for(path, decoder_linear=path not in (_EMBEDDING, _HEAD))
+        if spec is None:
+            continue
+        specs[path] = spec
+        try:
+            check_centroids(spec.layout(*shape))
+        except ValueError as error:
+            problems.append(f"  {path} {list(shape)} with spec {spec}: {error}")
+    if problems:
+        listed = problems[:20] + ["  ..."] * (len(problems) > 20)
+        raise ValueError(f"{len(problems)} layers cannot be quantized as asked:\n" + "\n".join(listed))
+    if not specs:
+        raise ValueError("no layer has a spec: the default spec is None and no rule gives another one")
+    return specs
+
+
+def operator_key(seed: int, path: str) -> Array:
+    """The PRNG key of one operator: independent of the order of work and of all other operators."""
+    name = hashlib.blake2b(path.encode(), digest_size=4).digest()
+    return jax.random.fold_in(jax.random.key(seed), int.from_bytes(name, "little"))
+
+
+class _Shell:
+    """The model in the making: embedding, norm and head as they are, blocks put in one by one."""
+
+    def __init__(self, given: Decoder | StreamedModel):
+        self._given = given
+        self.config = given.config
+        if isinstance(given, Decoder):
+            self.model = _copy(given)
+            ends = {_EMBEDDING: given.embed_tokens, _HEAD: given.lm_head}
+            quantized = [path for path, layer in (ends | given.linears()).items() if isinstance(layer, VQLinear)]
+            if quantized:
+                raise ValueError(f"the model is quantized already ({quantized[0]} is); give the one it was made from")
+        else:
+            self.model = build(given.config, _WithoutBlocks(given.source))
+            self.model.tokenizer = given.tokenizer
+
+    def dense_block(self, layer: int) -> Block:
+        """A block that may be changed; read from storage, if that is where the weights are."""
+        if isinstance(self._given, Decoder):
+            return _copy(self._given.layers[layer])
+        return Block(self.config, layer, self._given.source)
+
+    def end(self, path: str) -> Any:
+        """The embedding or the output projection (the embedding again, when tied)."""
+        head = self.model.lm_head
+        return self.model.embed_tokens if path == _EMBEDDING or head is None else head
+
+    def weights(self, paths: Iterable[str]) -> dict[str, Array]:
+        """Those weights that are in memory; of a streamed model also the first block's, to stand for the rest."""
+        layers: dict[str, Any] = {_EMBEDDING: self.end(_EMBEDDING), _HEAD: self.end(_HEAD)}
+        if isinstance(self._given, Decoder):
+            layers |= self._given.linears()
+        else:
+            first = self.dense_block(0).places()
+            layers |= {f"model.layers.0.{path}": getattr(owner, name) for path, owner, name in first}
+        return {path: layers[path].weight[...] for path in paths if path in layers}
+
+    def check_weights(self, paths: Iterable[str]) -> None:
+        """Raises ValueError if a weight in memory is not finite."""
+        finite = {path: _all_finite(weight) for path, weight in self.weights(paths).items()}
+        for path, value in finite.items():
+            if not bool(value):
+                raise ValueError(f"{path}.weight holds NaN or infinite values, expected finite ones")
+
+
+class _WithoutBlocks(AbstractSource):
+    """A source that leaves decoder blocks abstract, so that building a model does not load them."""
+
+    def __init__(self, source: ParamSource):
+        super().__init__()
+        self._source = source
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Any:
+        """See `ParamSource.tensor`."""
+        if name.startswith("model.layers."):
+            return super().tensor(name, shape)
+        return self._source.tensor(name, shape)
+
+    def linear(self, name: str, out_features: int, in_features: int, *, bias: bool) -> Linear | VQLinear:
+        """See `ParamSource.linear`."""
+        if name.startswith("model.layers."):
+            return super().linear(name, out_features, in_features, bias=bias)
+        return self._source.linear(name, out_features, in_features, bias=bias)
+
+
+class _Operators:
+    """Makes quantized layers, or takes them from the work directory, and keeps the rows of the report."""
+
+    def __init__(
+        self,
+        config: QuantConfig,
+        specs: Mapping[str, VQSpec],
+        calibration: Calibration,
+        work: WorkDir | None,
+        bar: tqdm,
+    ):
+        self._config, self._specs, self._calibration, self._work, self._bar = config, specs, calibration, work, bar
+        self.rows: list[dict[str, Any]] = []
+
+    def quantized(self, path: str, dense: Linear) -> VQLinear:
+        """The quantized form of one dense layer; on disk when this returns."""
+        self._bar.set_postfix_str(path)
+        weight = dense.weight[...]
+        inputs = {"spec": str(self._specs[path]), "weight": array_digest(weight), **self._calibration.inputs(path)}
+        done = self._work.load(path, inputs) if self._work else None
+        if done is None:
+            done = self._quantize(path, weight)
+            if self._work:
+                self._work.save(path, *done, inputs)
+        array, stats = done
+        self.rows.append(_row(path, self._specs[path], array) | stats)
+        self._bar.update()
+        return VQLinear(array, None if dense.bias is None else dense.bias[...])
+
+    def _quantize(self, path: str, weight: Float[Array, "out in"]) -> tuple[VQArray, dict[str, Any]]:
+        hessian = jnp.asarray(self._calibration.hessian(path))
+        started = time.perf_counter()
+        config = self._config
+        array, stats = quantize_weight(
+            self._calibration.target(path, weight),
+            hessian,
+            self._specs[path],
+            key=operator_key(config.seed, path),
+            kmeans_iters=config.kmeans_iters,
+            samples_per_centroid=config.samples_per_centroid,
+            rounds=config.rounds,
+            tolerance=config.tolerance,
+            damping=config.damping,
+            name=path,
+        )
+        array = jax.block_until_ready(_stored(array))
+        return array, stats | {"seconds": time.perf_counter() - started}
+
+
+def _last_block(unfinished: set[str], layers: int) -> int:
+    """The last block that calibration data must reach, -1 if none."""
+    if unfinished & {_HEAD, _EMBEDDING}:
+        return layers - 1
+    return max((int(path.split(".")[2]) for path in unfinished), default=-1)
+
+
+def _linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Shape of every linear layer in the order of work: blocks, then output projection and embedding."""
+    shapes = {path: (rows, columns) for path, (rows, columns, _) in Plan(model).linears.items()}
+    embedding = shapes.pop(_EMBEDDING)
+    return shapes | {_EMBEDDING: embedding}
+
+
+def _check_hessians(hessians: Hessians, specs: Mapping[str, VQSpec], shell: _Shell, config: QuantConfig) -> None:
+    """Raises ValueError unless there is a sound Hessian of this very model for every layer."""
+    if config.mode == "sequential":
+        raise ValueError(
+            "mode 'sequential' collects Hessians while it quantizes and cannot use given ones; "
+            "pass token batches, or take mode 'independent'"
+        )
+    missing = [path for path in specs if path not in hessians]
+    if missing:
+        others = f" and {len(missing) - 1} other layers" if len(missing) > 1 else ""
+        raise ValueError(f"there is no Hessian for {missing[0]}{others}; collect them on this model")
+    for path, weight in shell.weights(specs).items():
+        expected = hessians.weight_digest(path)
+        if expected and array_digest(weight) != expected:
+            raise ValueError(
+                f"the Hessians were collected on another model: {path}.weight differs from the one they belong to; "
+                "collect them on this model"
+            )
+    shapes = _linear_shapes(shell.config)
+    for key in dict.fromkeys(map(hessian_key, specs)):
+        check_hessian(jnp.asarray(hessians.for_module(key)), shapes[key][1], key)
+
+
+def _run_record(model: ModelConfig, config: QuantConfig) -> dict[str, Any]:
+    return {
+        "version": importlib.metadata.version("vptq_jax"),
+        "model": model.to_hf(),
+        "config": _config_record(config),
+    }
+
+
+def _config_record(config: QuantConfig) -> dict[str, Any]:
+    """A config as JSON values, specs as they are written."""
+    rules = [[pattern, None if spec is None else str(spec)] for pattern, spec in config.rules]
+    return dataclasses.asdict(config) | {"spec": None if config.spec is None else str(config.spec), "rules": rules}
+
+
+def _row(path: str, spec: VQSpec, array: VQArray) -> dict[str, Any]:
+    out_features, in_features = array.shape
+    return {
+        "path": path,
+        "spec": str(spec),
+        "out_features": out_features,
+        "in_features": in_features,
+        "bits_nominal": array.layout.nominal_bits,
+        "bits_total": array.bits_per_weight,
+    }
+
+
+def _stored(array: VQArray) -> VQArray:
+    """Codebooks, scale and offset in float16, unless it is too narrow for them."""
+    narrow = jax.tree.map(lambda x: x.astype(jnp.float16) if jnp.issubdtype(x.dtype, jnp.floating) else x, array)
+    floats = [x for x in jax.tree.leaves(narrow) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return narrow if all(bool(_all_finite(x)) for x in floats) else array
+
+
+def _copy(module: Any) -> Any:
+    """A module of its own over the same arrays."""
+    return nnx.merge(*nnx.split(module))
+
+
+@jax.jit
+def _all_finite(x: Float[Array, "..."]) -> Bool[Array, ""]:
+    return jnp.isfinite(x).all()
