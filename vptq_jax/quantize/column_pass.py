@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from vptq_jax.quantize.columns import Codes, Segment, encode_column, group_codebook
+from vptq_jax.quantize.columns import Codes, Segment, encode_column, group_books
 from vptq_jax.quantize.linalg import dot
 
 
@@ -68,12 +68,7 @@ def _segment_pass(
         def column_step(block_errors, j):
             slot = b * size + j
             column = block[j] - dot(factor[:, j], block_errors)
-            chosen, res_chosen, decoded = encode_column(
-                segment,
-                column,
-                group_codebook(segment, codes.codebook, slot),
-                group_codebook(segment, codes.res_codebook, slot),
-            )
+            chosen, res_chosen, decoded = encode_column(segment, column, *group_books(segment, codes, slot))
             error = jnp.where(slot < segment.size, (column - decoded) / factor[j, j], 0)
             return block_errors.at[j].set(error), (chosen, res_chosen)
 

@@ -12,7 +12,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from vptq_jax.pallas.nearest_centroid import nearest_centroid
@@ -171,12 +170,12 @@ def nearest(segment: Segment, vectors: Float[Array, "n v"], codebook: Float[Arra
     return index.at[-1].set(last[0])
 
 
-def group_codebook(
-    segment: Segment, codebooks: Float[Array, "G k v"] | None, slot: Int[Array, ""]
-) -> Float[Array, "k v"] | None:
-    """The codebook of a slot's group."""
-    if codebooks is None:
-        return None
-    if segment.num_groups == 1:
-        return codebooks[0]
-    return lax.dynamic_index_in_dim(codebooks, segment.group(slot), keepdims=False)
+def group_books(
+    segment: Segment, codes: Codes, slot: Int[Array, ""]
+) -> tuple[Float[Array, "k v"], Float[Array, "kr v"] | None]:
+    """The main and the residual codebook of a slot's group."""
+
+    def pick(codebooks: Float[Array, "G k v"]) -> Float[Array, "k v"]:
+        return codebooks[0] if segment.num_groups == 1 else codebooks[segment.group(slot)]
+
+    return pick(codes.codebook), None if codes.res_codebook is None else pick(codes.res_codebook)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from vptq_jax.quantize.columns import Codes, Segment, decode, decode_all, encode_column, group_codebook
+from vptq_jax.quantize.columns import Codes, Segment, decode, decode_all, encode_column, group_books
 from vptq_jax.quantize.linalg import dot, proxy_loss
 
 _CG_ITERATIONS = 32
@@ -119,17 +119,12 @@ def _descend_segment(
             slot = b * size + j
             pull = gradient[j] - dot(within[j], change)
             target = old[j] + pull / jnp.maximum(within[j, j], jnp.finfo(jnp.float32).tiny)
-            chosen, res_chosen, decoded = encode_column(
-                segment,
-                target,
-                group_codebook(segment, codes.codebook, slot),
-                group_codebook(segment, codes.res_codebook, slot),
-            )
+            chosen, res_chosen, decoded = encode_column(segment, target, *group_books(segment, codes, slot))
             # Greedy pairs can be farther than what is there, and an empty slot has no target.
             nearer = _squared(segment, target - decoded) < _squared(segment, target - old[j])
             nearer = nearer & (slot < segment.size)
             chosen = jnp.where(nearer, chosen, old_index[j])
-            if old_res is not None:
+            if old_res is not None and res_chosen is not None:
                 res_chosen = jnp.where(nearer, res_chosen, old_res[j])
             moved = segment.join(jnp.where(nearer[:, None], segment.split(decoded - old[j]), 0))
             return change.at[j].set(moved), (chosen, res_chosen)

@@ -15,12 +15,13 @@ from jaxtyping import Array, Float
 from vptq_jax.array import VQArray
 from vptq_jax.quantize.column_pass import column_pass
 from vptq_jax.quantize.columns import Codes, Segment, arrange, decode_all
-from vptq_jax.quantize.kmeans import kmeans
+from vptq_jax.quantize.kmeans import importance_sample, kmeans
 from vptq_jax.quantize.linalg import check_hessian, inverse_factor, proxy_loss, regularize
 from vptq_jax.quantize.refine import refine
 from vptq_jax.spec import VQLayout, VQSpec
 
 _SMALLEST_SCALE = 1e-6  # Of the largest weight: constant columns keep a scale that can be divided by.
+_SMALLEST_SAMPLE = 1 << 16  # Vectors that k-means may train on in any case: cheap, and small codebooks gain.
 
 
 @jax.tree_util.register_dataclass
@@ -201,10 +202,13 @@ def prepare(
 
 
 def normalization(W: Float[Array, "out in"]) -> tuple[Float[Array, " in"], Float[Array, " in"]]:
-    """(scale, offset) per column: min-max over the rows; never zero, also for constant columns."""
-    low, high = W.min(axis=0), W.max(axis=0)
+    """(scale, offset) per column: standard deviation and mean over the rows; the scale is never zero.
+
+    The released code takes the range and the minimum, which hand the spread of a column to its two most
+    extreme weights: at equal bits that leaves a third more error.
+    """
     largest = jnp.maximum(jnp.abs(W).max(), jnp.finfo(jnp.float32).tiny / _SMALLEST_SCALE)
-    return jnp.maximum(high - low, _SMALLEST_SCALE * largest), low
+    return jnp.maximum(W.std(axis=0), _SMALLEST_SCALE * largest), W.mean(axis=0)
 
 
 def initial_codebooks(
@@ -244,8 +248,13 @@ def residual_codebook(
 
 
 def _importance(problem: Problem) -> Float[Array, " slots"]:
-    """What a squared error in each column costs."""
-    return jnp.diag(problem.H)
+    """What a squared error in each column costs after the columns behind it have compensated for it: 1 / U_qq^2.
+
+    The loss of the column pass is exactly the sum of these costs; the paper weights by diag(H), as if nothing
+    were compensated.
+    """
+    cost = 1 / jnp.square(jnp.diag(problem.U))
+    return jnp.where(jnp.diag(problem.H) > 0, cost, 0)
 
 
 @functools.partial(jax.jit, static_argnames=("segment", "count", "iterations", "samples_per_centroid"))
@@ -265,14 +274,14 @@ def train_codebooks(
     vectors = segment.split(columns)[:, :whole].reshape(segment.num_groups, -1, segment.vector_len)
     weights = importance[segment.start : segment.start + segment.size]
     weights = jnp.repeat(weights, whole).reshape(segment.num_groups, -1)
-    wanted = min(vectors.shape[1], count * samples_per_centroid)
+    wanted = min(vectors.shape[1], max(count * samples_per_centroid, _SMALLEST_SAMPLE))
 
     def train(group: tuple[Array, Array, Array]) -> Array:
         vectors, weights, key = group
         sample_key, start_key = jax.random.split(key)
         if wanted < vectors.shape[0]:
-            sample = jax.random.permutation(sample_key, vectors.shape[0])[:wanted]
-            vectors, weights = vectors[sample], weights[sample]
+            sample, weights = importance_sample(weights, wanted, sample_key)
+            vectors = vectors[sample]
         return kmeans(vectors, weights, num_centroids=count, iterations=iterations, key=start_key)[0]
 
     return jax.lax.map(train, (vectors, weights, jax.random.split(key, segment.num_groups)))
