@@ -1,0 +1,436 @@
+"""Text generation: a jitted prefill, then a decode loop over a cache that is updated in place.
+
+Programs are compiled per batch size and per bucket of prompt length and cache size, and once for
+greedy decoding and once for sampling; never per prompt length, per call or per sampling value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from vptq_jax.models.cache import KVCache
+from vptq_jax.models.decoder import Decoder, check_tokens
+from vptq_jax.models.diagnose import first_nonfinite
+from vptq_jax.sampling import Sampling, SamplingArrays, next_token
+from vptq_jax.tokens import TextStream, encode
+
+Prompt = str | Sequence[int]
+FinishReason = Literal["stop", "length", "context"]
+
+_SMALLEST_BUCKET = 32
+_STREAM_CHUNK = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationResult:
+    """What a batch of prompts gave, and how fast.
+
+    Attributes:
+        texts: the continuation of each prompt; None when the model has no tokenizer.
+        tokens: token ids of each continuation, without the stop token.
+        prompt_tokens: length of each prompt.
+        finish_reasons: `stop` (a stop token came), `length` (max_new_tokens reached) or
+            `context` (the model's context is full).
+        prefill_seconds: reading the prompts and choosing the first token; a first call compiles here.
+        decode_seconds: all tokens after the first, compilation excluded.
+        decode_tokens: tokens chosen in that time, over all rows.
+        implementation: which matmul ran: `dense`, or those of `vq_matmul`.
+    """
+
+    texts: list[str] | None
+    tokens: list[list[int]]
+    prompt_tokens: list[int]
+    finish_reasons: list[FinishReason]
+    prefill_seconds: float
+    decode_seconds: float
+    decode_tokens: int
+    implementation: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoded tokens a second, over all rows; 0 when one token was all."""
+        return self.decode_tokens / self.decode_seconds if self.decode_tokens else 0.0
+
+
+def generate(
+    model: Decoder,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop_tokens: Sequence[int | str] | None = None,
+    seed: int = 0,
+    return_result: bool = False,
+) -> str | list[str] | list[int] | list[list[int]] | GenerationResult:
+    """Continues one prompt, or a batch of prompts of different lengths.
+
+    Args:
+        model: any decoder; with a tokenizer for text.
+        prompts: a text, a list of token ids, or a list of either.
+        max_new_tokens: at least 1. Generation also ends where the model's context is full.
+        temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; the default is greedy.
+        stop_tokens: ids or tokens that end a row; None takes the model's own, `()` none.
+        seed: the same seed, prompts and settings give the same tokens.
+        return_result: return a `GenerationResult` instead.
+
+    Returns:
+        The continuation without its prompt and stop token (a list of them for a list of prompts):
+        text, or token ids if the model has no tokenizer.
+
+    Raises:
+        ValueError: no prompt or an empty one, a prompt that fills the context, max_new_tokens
+            below 1, a token id outside the vocabulary, a setting out of range, text without a
+            tokenizer, or logits that are not finite.
+    """
+    single = _is_single(prompts)
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+    run = _Run.start(model, [prompts] if single else prompts, max_new_tokens, sampling, stop_tokens, seed)
+    # No step is taken here: this compiles the loop, so that the time below is that of decoding.
+    run.decode(0)
+    begin = time.perf_counter()
+    run.decode(max_new_tokens)
+    seconds = time.perf_counter() - begin
+    if return_result:
+        return run.result(seconds)
+    outputs = run.texts() if model.tokenizer is not None else run.tokens()
+    return outputs[0] if single else outputs
+
+
+def stream(
+    model: Decoder,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop_tokens: Sequence[int | str] | None = None,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Continues one prompt and yields its text in pieces as they are decoded.
+
+    The pieces put together are the text that `generate` returns for the same arguments.
+    Arguments and errors are those of `generate`; errors in them are raised by this call, before
+    the iteration. The model needs a tokenizer.
+    """
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer, which streaming text needs; set model.tokenizer")
+    if not _is_single(prompt):
+        raise ValueError("stream continues one prompt; call generate for a batch")
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
+    run = _Run.start(model, [prompt], max_new_tokens, sampling, stop_tokens, seed)
+    return _pieces(run)
+
+
+def _pieces(run: _Run) -> Iterator[str]:
+    text = TextStream(run.model.tokenizer, run.prompts[0])
+    while True:
+        if piece := text.push(run.tokens()[0]):
+            yield piece
+        if run.finished:
+            break
+        run.decode(_STREAM_CHUNK)
+    if rest := text.finish():
+        yield rest
+
+
+def chat_prompt(model: Decoder, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation in the tokenizer's chat template, ready for the model's answer.
+
+    Args:
+        model: a model whose tokenizer has a chat template.
+        messages: `{"role": ..., "content": ...}` in order, or one user message.
+
+    Raises:
+        ValueError: no tokenizer, no chat template, or messages of another form.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        missing = "tokenizer" if tokenizer is None else "chat template in its tokenizer"
+        raise ValueError(f"the model has no {missing}, which chat needs; use generate with a plain prompt")
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"message {index} is {message!r}; expected an object with 'role' and 'content'")
+    if not messages:
+        raise ValueError("there are no messages; expected at least one")
+    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    # The template writes its own special tokens, the first one included.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def bucket(length: int) -> int:
+    """The length that `length` is padded to: the next power of two, at least 32."""
+    return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def cache_capacity(slots: int) -> int:
+    """Slots of the cache for a need of `slots`: the next quarter of a power of two, so at most a fourth is spare."""
+    quarter = max(_SMALLEST_BUCKET, bucket(slots) // 8)
+    return -(-slots // quarter) * quarter
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What stays the same during one generation; all traced.
+
+    `limit` is the most tokens each row may get, `stop` the stop tokens (filled up with -1).
+    """
+
+    limit: Int[Array, "B"]
+    stop: Int[Array, "S"]
+    sampling: SamplingArrays
+    key: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """What a decode step changes.
+
+    Attributes:
+        cache: keys and values of all tokens but the last.
+        token: the last token of each row.
+        count: tokens chosen so far.
+        output: the chosen tokens [B, capacity]; row b holds `length[b]` of them, stop tokens left out.
+        done: rows that are complete; `stopped` those by a stop token; `failed` those by logits that are not finite.
+        seen: tokens of the prompt and the continuation.
+    """
+
+    cache: KVCache
+    token: Int[Array, "B"]
+    count: Int[Array, ""]
+    output: Int[Array, "B N"]
+    length: Int[Array, "B"]
+    done: Bool[Array, "B"]
+    stopped: Bool[Array, "B"]
+    failed: Bool[Array, "B"]
+    seen: Bool[Array, "B V"]
+
+
+@partial(jax.jit, static_argnames=("capacity", "greedy"))
+def _prefill(
+    model: Decoder, tokens: Int[Array, "B T"], start: Int[Array, "B"], request: _Request, *, capacity: int, greedy: bool
+) -> _State:
+    logits, cache = model.prefill(tokens, start, capacity=capacity)
+    batch, length = tokens.shape
+    rows = jnp.arange(batch)
+    real = jnp.arange(length)[None, :] >= start[:, None]
+    none = jnp.zeros(batch, bool)
+    state = _State(
+        cache=cache,
+        token=jnp.zeros(batch, jnp.int32),
+        count=jnp.int32(0),
+        output=jnp.zeros((batch, capacity), jnp.int32),
+        length=jnp.zeros(batch, jnp.int32),
+        done=none,
+        stopped=none,
+        failed=none,
+        seen=jnp.zeros((batch, model.config.vocab_size), bool).at[rows[:, None], tokens].max(real),
+    )
+    return _choose(state, logits, request, greedy)
+
+
+@partial(jax.jit, static_argnames="greedy", donate_argnames="state")
+def _decode(model: Decoder, state: _State, request: _Request, until: Int[Array, ""], *, greedy: bool) -> _State:
+    def going(state: _State) -> Bool[Array, ""]:
+        return (state.count < until) & ~state.done.all() & ~state.failed.any()
+
+    def step(state: _State) -> _State:
+        logits, cache = model.step(state.token, state.cache)
+        return _choose(dataclasses.replace(state, cache=cache), logits, request, greedy)
+
+    return jax.lax.while_loop(going, step, state)
+
+
+def _choose(state: _State, logits: Array, request: _Request, greedy: bool) -> _State:
+    """Chooses the next token of every row and books it."""
+    key = jax.random.fold_in(request.key, state.count)
+    token = next_token(logits, state.seen, request.sampling, key, greedy=greedy)
+    failed = state.failed | (~jnp.isfinite(logits).all(axis=-1) & ~state.done)
+    stopped = state.stopped | ((token[:, None] == request.stop).any(axis=-1) & ~state.done)
+    count = state.count + 1
+    kept = ~(state.done | stopped | failed)
+    return dataclasses.replace(
+        state,
+        token=token,
+        count=count,
+        output=jax.lax.dynamic_update_slice(state.output, token[:, None], (0, state.count)),
+        length=state.length + kept,
+        done=state.done | stopped | (count >= request.limit),
+        stopped=stopped,
+        failed=failed,
+        seen=state.seen.at[jnp.arange(token.shape[0]), token].set(True),
+    )
+
+
+class _Run:
+    """One generation in progress: the host's side of `_prefill` and `_decode`."""
+
+    def __init__(self, model: Decoder, prompts: list[list[int]], request: _Request, state: _State, greedy: bool):
+        self.model, self.prompts, self.request, self.state, self.greedy = model, prompts, request, state, greedy
+        self.prefill_seconds = 0.0
+
+    @classmethod
+    def start(
+        cls,
+        model: Decoder,
+        prompts: Sequence[Any],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop_tokens: Sequence[int | str] | None,
+        seed: int,
+    ) -> _Run:
+        """Checks everything, then reads the prompts and chooses the first tokens."""
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number of at least 1")
+        ids = _prompt_ids(model, prompts)
+        vocab_size, context = model.config.vocab_size, model.config.context_length
+        stop = _stop_ids(model, stop_tokens)
+        limit = np.minimum(max_new_tokens, context - np.array([len(row) for row in ids]))
+        begin = time.perf_counter()
+        width = bucket(max(map(len, ids)))
+        tokens = np.zeros((len(ids), width), np.int32)
+        start = np.array([width - len(row) for row in ids], np.int32)
+        for row, (first, values) in enumerate(zip(start, ids, strict=True)):
+            tokens[row, first:] = values
+        padded_stop = np.full(-(-max(len(stop), 1) // 8) * 8, -1, np.int32)
+        padded_stop[: len(stop)] = stop
+        request = _Request(
+            jnp.asarray(limit, jnp.int32), jnp.asarray(padded_stop), sampling.traced(vocab_size), jax.random.key(seed)
+        )
+        capacity = cache_capacity(width + int(limit.max()))
+        state = _prefill(
+            model, jnp.asarray(tokens), jnp.asarray(start), request, capacity=capacity, greedy=sampling.greedy
+        )
+        run = cls(model, ids, request, state, sampling.greedy)
+        run._check()
+        run.prefill_seconds = time.perf_counter() - begin
+        return run
+
+    def decode(self, steps: int) -> None:
+        """Takes up to `steps` more steps, fewer when all rows are done."""
+        until = self.state.count + jnp.int32(steps)
+        self.state = _decode(self.model, self.state, self.request, until, greedy=self.greedy)
+        self._check()
+
+    def _check(self) -> None:
+        failed = np.flatnonzero(self.state.failed)
+        if not failed.size:
+            return
+        row = int(failed[0])
+        tokens = [*self.prompts[row], *self.tokens()[row]]
+        cause = first_nonfinite(self.model, jnp.asarray([tokens])) or "the decode step"
+        raise ValueError(
+            f"the logits after token {len(tokens)} of prompt {row} are not finite; "
+            f"the first place with NaN or infinity is {cause}"
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether every row is done."""
+        return bool(self.state.done.all())
+
+    def tokens(self) -> list[list[int]]:
+        """Token ids of every row so far."""
+        output, lengths = np.asarray(self.state.output), np.asarray(self.state.length)
+        return [row[:length].tolist() for row, length in zip(output, lengths, strict=True)]
+
+    def texts(self) -> list[str]:
+        """Text of every row so far."""
+        texts = []
+        for prompt, tokens in zip(self.prompts, self.tokens(), strict=True):
+            text = TextStream(self.model.tokenizer, prompt)
+            texts.append(text.push(tokens) + text.finish())
+        return texts
+
+    def result(self, decode_seconds: float) -> GenerationResult:
+        """Everything about the run."""
+        lengths, stopped = np.asarray(self.state.length), np.asarray(self.state.stopped)
+        rooms = [self.model.config.context_length - len(prompt) for prompt in self.prompts]
+        chosen = lengths + stopped
+        return GenerationResult(
+            texts=None if self.model.tokenizer is None else self.texts(),
+            tokens=self.tokens(),
+            prompt_tokens=[len(prompt) for prompt in self.prompts],
+            finish_reasons=[
+                "stop" if end else "context" if length == room else "length"
+                for end, length, room in zip(stopped, lengths, rooms, strict=True)
+            ],
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=decode_seconds,
+            decode_tokens=int((chosen - 1).sum()),
+            implementation=matmul_implementation(self.model),
+        )
+
+
+def matmul_implementation(model: Decoder) -> str:
+    """Which product the decoder's linear layers run: `dense`, or the implementations of `vq_matmul`."""
+    from vptq_jax.models.linear import VQLinear
+
+    return "xla" if any(isinstance(layer, VQLinear) for layer in model.linears().values()) else "dense"
+
+
+def _is_single(prompts: Any) -> bool:
+    if isinstance(prompts, str):
+        return True
+    return len(prompts) > 0 and all(isinstance(item, int | np.integer) for item in prompts)
+
+
+def _prompt_ids(model: Decoder, prompts: Sequence[Any]) -> list[list[int]]:
+    if len(prompts) == 0:
+        raise ValueError("there is no prompt; expected at least one")
+    context = model.config.context_length
+    ids = []
+    for row, prompt in enumerate(prompts):
+        tokens = encode(model.tokenizer, prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        if not tokens:
+            raise ValueError(f"prompt {row} is empty; expected at least one token")
+        check_tokens(np.array([tokens]), model.config.vocab_size, f"prompt {row}")
+        if len(tokens) >= context:
+            raise ValueError(
+                f"prompt {row} has {len(tokens)} tokens and the model's context holds {context}, which leaves no room "
+                f"for an answer; shorten the prompt to at most {context - 1} tokens"
+            )
+        ids.append(tokens)
+    return ids
+
+
+def _stop_ids(model: Decoder, stop_tokens: Sequence[int | str] | None) -> list[int]:
+    """Ids of the stop tokens; by default those of the config, the generation config and the tokenizer."""
+    vocab_size = model.config.vocab_size
+    if stop_tokens is None:
+        own = (model.generation_config or {}).get("eos_token_id")
+        ids = {*model.config.eos_token_id, *(own if isinstance(own, list) else [own])}
+        ids.add(getattr(model.tokenizer, "eos_token_id", None))
+        return sorted(token for token in ids if isinstance(token, int) and 0 <= token < vocab_size)
+    if isinstance(stop_tokens, str | int):
+        raise ValueError(f"stop_tokens is {stop_tokens!r}; expected a list of tokens")
+    found = []
+    for token in stop_tokens:
+        if isinstance(token, str):
+            pieces = [] if model.tokenizer is None else model.tokenizer.encode(token, add_special_tokens=False)
+            if len(pieces) != 1:
+                raise ValueError(f"stop token {token!r} is not one token of the tokenizer; give its token id")
+            found.append(pieces[0])
+        else:
+            found.append(int(token))
+    check_tokens(np.array([found], np.int64), vocab_size, "stop_tokens")
+    return found
