@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from vptq_jax.convert.safetensors_reader import find_nonfinite
 from vptq_jax.models.config import ModelConfig
+from vptq_jax.models.decoder import Decoder
 from vptq_jax.models.linear import Linear, VQLinear
 from vptq_jax.models.params import AbstractSource, DenseSource
 from vptq_jax.models.registry import build
@@ -62,6 +63,17 @@ class StoredSource(DenseSource):
         if self._progress:
             self._progress(array.nbytes)
         return to_device(name, array.reshape(shape))
+
+
+def all_linears(model: Decoder) -> dict[str, Linear | VQLinear]:
+    """Every linear layer by Hugging Face module path, the embedding table and `lm_head` included."""
+    layers = {"model.embed_tokens": model.embed_tokens, **model.linears()}
+    return layers if model.lm_head is None else layers | {"lm_head": model.lm_head}
+
+
+def quantized_layers(model: Decoder) -> dict[str, VQLinear]:
+    """The quantized ones of `all_linears`."""
+    return {path: layer for path, layer in all_linears(model).items() if isinstance(layer, VQLinear)}
 
 
 def to_device(name: str, array: np.ndarray) -> Array:

@@ -51,9 +51,14 @@ def new_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     temporary.mkdir()
     try:
         yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        if path.is_dir() and any(path.iterdir()):
+            # The old directory steps aside first, so that a crash in between loses neither.
+            aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, aside)
+            os.replace(temporary, path)
+            shutil.rmtree(aside)
+        else:
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sync_directory(path.parent)

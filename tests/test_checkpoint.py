@@ -1,0 +1,255 @@
+"""Orbax checkpoints: bit-equal, complete or absent, and honest about damage."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vptq_jax import checkpoint
+from vptq_jax.array import VQArray, expected_shapes
+from vptq_jax.convert.hf import load_hf
+from vptq_jax.convert.source import all_linears
+from vptq_jax.models.config import ModelConfig, RopeConfig
+from vptq_jax.models.linear import VQLinear
+from vptq_jax.models.params import RandomSource
+from vptq_jax.models.registry import build
+from vptq_jax.spec import VQSpec
+
+CONFIG = ModelConfig(
+    "llama", vocab_size=40, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
+    rope=RopeConfig(5e5, "llama3", 8.0, 64), attention_bias=True, eos_token_id=(3, 5),
+)  # fmt: skip
+TOKENS = np.arange(14).reshape(2, 7)
+
+
+def random_vqarray(spec, out_features, in_features, seed, dtype=jnp.float32):
+    """A VQArray with random contents: no algorithm involved."""
+    spec = VQSpec.parse(spec)
+    layout = spec.layout(out_features, in_features)
+    rng = np.random.default_rng(seed)
+    fields = {}
+    for name, shape in expected_shapes(layout, normalize=spec.normalize, permute=spec.permute).items():
+        if shape is None:
+            fields[name] = None
+        elif name == "outlier_indices":
+            fields[name] = jnp.asarray(rng.integers(0, layout.num_outlier_centroids, shape), jnp.uint16)
+        elif name == "perm":
+            fields[name] = jnp.asarray(rng.permutation(in_features), jnp.int32)
+        elif "indices" not in name:
+            fields[name] = jnp.asarray(0.3 * rng.standard_normal(shape), dtype)
+    main = rng.integers(0, layout.num_centroids, (layout.num_groups, layout.num_vectors, layout.group_size))
+    residual = rng.integers(0, layout.num_res_centroids, main.shape) if layout.num_res_centroids else None
+    fields.pop("indices", None)
+    return VQArray.from_indices(
+        layout, jnp.asarray(main), None if residual is None else jnp.asarray(residual), **fields
+    )
+
+
+def random_model(config=CONFIG, specs=("v6-k16-4",), dtype=jnp.float32, seed=0):
+    """A model whose linear layers take the specs in turn (None: dense)."""
+    model = build(config, RandomSource(jax.random.key(seed), dtype, std=0.2))
+    for number, (path, layer) in enumerate(model.linears().items()):
+        spec = specs[number % len(specs)]
+        if spec is not None:
+            bias = None if layer.bias is None else layer.bias[...]
+            model.set_linear(path, VQLinear(random_vqarray(spec, *layer.shape, seed + number, dtype), bias))
+    return model
+
+
+def assert_same_bits(left, right):
+    assert nnx.graphdef(left) == nnx.graphdef(right)
+    for (path, a), (_, b) in zip(*(jax.tree.leaves_with_path(nnx.state(m)) for m in (left, right)), strict=True):
+        assert a.dtype == b.dtype, path
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+SPECS = st.sampled_from([None, "v6-k16-4", "v7-k32", "v4-k8-16-g4-noperm", "v8-k16-nonorm", "v3-k4-g5-o10v5k8"])
+
+
+@settings(max_examples=10, derandomize=True, deadline=None)
+@given(st.lists(SPECS, min_size=1, max_size=4), st.sampled_from(["float32", "bfloat16", "float16"]), st.booleans())
+def test_models_come_back_bit_for_bit(tmp_path_factory, specs, dtype, tied):
+    config = CONFIG if not tied else ModelConfig(**{**vars(CONFIG), "tie_word_embeddings": True, "dtype": dtype})
+    model = random_model(config, specs, jnp.dtype(dtype))
+    path = tmp_path_factory.mktemp("save") / "model"
+    checkpoint.save(model, path, metadata={"note": [1, 2]})
+    loaded = checkpoint.load(path)
+    assert_same_bits(model, loaded)
+    assert loaded.config == model.config
+    assert checkpoint.read_metadata(path) == {"note": [1, 2]}
+
+
+def test_quantized_embeddings_and_heads_come_back(tmp_path):
+    model = random_model()
+    model.set_linear("lm_head", VQLinear(random_vqarray("v8-k16-4", 40, 24, 1)))
+    model.set_linear("model.embed_tokens", VQLinear(random_vqarray("v6-k8", 40, 24, 2)))
+    checkpoint.save(model, tmp_path / "m")
+    loaded = checkpoint.load(tmp_path / "m")
+    assert_same_bits(model, loaded)
+    assert all(isinstance(layer, VQLinear) for layer in all_linears(loaded).values())
+    np.testing.assert_array_equal(np.asarray(model(TOKENS)), np.asarray(loaded(TOKENS)))
+
+
+def test_tokenizer_and_generation_config_come_along(tiny_hf, tmp_path):
+    model = load_hf(tiny_hf)
+    model.generation_config = {"temperature": 0.5}
+    checkpoint.save(model, tmp_path / "m")
+    loaded = checkpoint.load(tmp_path / "m")
+    text = "the quick brown fox"
+    assert loaded.tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
+    chat = [{"role": "user", "content": "hi"}]
+    assert loaded.tokenizer.apply_chat_template(chat, tokenize=False) == "user: hi\n"
+    assert loaded.generation_config == {"temperature": 0.5}
+
+
+def test_arrays_go_where_they_are_sent(tmp_path):
+    model = random_model()
+    checkpoint.save(model, tmp_path / "m")
+    code = f"""
+        import jax, numpy as np
+        from flax import nnx
+        from vptq_jax import checkpoint
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+        place = lambda name, array: rows if name == "embed_tokens.weight" else whole
+        model = checkpoint.load({str(tmp_path / "m")!r}, sharding=place)
+        assert model.embed_tokens.weight[...].sharding == rows
+        assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(nnx.state(model)))
+        print(float(abs(np.asarray(model(np.arange(14).reshape(2, 7)))).sum()))
+    """
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=env, timeout=120, check=True
+    )
+    expected = float(abs(np.asarray(model(TOKENS))).sum())
+    assert abs(float(result.stdout.split()[-1]) / expected - 1) < 1e-5
+
+
+def test_only_an_earlier_checkpoint_is_replaced(tmp_path):
+    model = random_model()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="no vptq_jax checkpoint; choose another directory"):
+            checkpoint.save(model, other, overwrite=overwrite)
+    assert (other / "thesis.txt").read_text() == "years of work"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    checkpoint.save(model, empty)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        checkpoint.save(model, empty)
+    checkpoint.save(random_model(seed=1), empty, overwrite=True)
+    assert_same_bits(checkpoint.load(empty), random_model(seed=1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "other"]
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        checkpoint.save(random_model(), tmp_path / "file" / "m")
+    with pytest.raises(TypeError, match="JSON"):
+        checkpoint.save(random_model(), tmp_path / "m", metadata={"x": object()})
+
+    def interrupted(directory):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_checksums", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(random_model(), tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    checkpoint.save(random_model(), tmp_path / "m", metadata={})
+    return tmp_path / "m"
+
+
+def big_file(path):
+    return max((p for p in path.rglob("*") if p.is_file() and p.name != checkpoint.MANIFEST), key=os.path.getsize)
+
+
+def test_damage_is_found(saved):
+    file = big_file(saved)
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-1])
+    with pytest.raises(ValueError, match="truncated"):
+        checkpoint.load(saved)
+    changed = bytearray(raw)
+    changed[len(raw) // 2] ^= 1
+    file.write_bytes(bytes(changed))
+    with pytest.raises(ValueError, match="CRC-32 differs"):
+        checkpoint.load(saved)
+    file.unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        checkpoint.load(saved)
+
+
+def edit_manifest(path, change):
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    change(manifest)
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format_version=99), "format version 99, written by vptq_jax .*Upgrade"),
+        (lambda m: m.update(format="other"), "does not describe"),
+        (lambda m: m.pop("arrays"), "arrays is missing"),
+        (
+            lambda m: m["arrays"].pop("norm.weight"),
+            r"norm.weight has shape None; .* ask for \[24\]",
+        ),
+        (lambda m: m["config"].update(hidden_size=1 << 40), "disagrees with itself"),
+        (lambda m: m["config"].update(surprise=1), "is damaged"),
+        (lambda m: m["layers"]["model.layers.0.mlp.up_proj"]["layout"].update(num_centroids=1 << 40), "1099511627776"),
+        (lambda m: m["layers"]["model.layers.0.mlp.up_proj"]["layout"].update(vector_len=5), "disagrees with itself"),
+        (lambda m: m["layers"].pop("model.layers.0.mlp.up_proj"), "disagrees with itself"),
+        (lambda m: m["files"].update({"../../etc/passwd": [1, 1]}), "lies outside"),
+    ],
+)
+def test_manifests_that_lie_are_refused(saved, change, message):
+    edit_manifest(saved, change)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(saved)
+
+
+def test_there_is_nothing_to_load(tmp_path):
+    for read in (checkpoint.load, checkpoint.read_metadata):
+        with pytest.raises(FileNotFoundError, match="no vptq_jax checkpoint"):
+            read(tmp_path / "nowhere")
+
+
+def test_restoring_makes_no_dense_copy(tmp_path):
+    config = ModelConfig("llama", 256, 1024, 4096, 4, 8, 8, 128)
+    model = random_model(config, ("v8-k256",))
+    dense = sum(4 * layer.shape[0] * layer.shape[1] for layer in model.linears().values())
+    checkpoint.save(model, tmp_path / "m")
+    code = f"""
+        from vptq_jax import checkpoint
+        import orbax.checkpoint, transformers, jax
+        jax.devices()
+
+        def status(key):
+            return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+        before = status("VmRSS")
+        model = checkpoint.load({str(tmp_path / "m")!r})
+        print(status("VmHWM") - before)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert int(result.stdout.split()[-1]) < dense / 2

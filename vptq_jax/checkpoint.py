@@ -1,0 +1,284 @@
+"""Saving and loading models, plain or quantized, with Orbax.
+
+A checkpoint is a directory:
+
+    vptq_jax.json   format version, model config, layout of every quantized layer, dtype and shape
+                    of every array, size and CRC-32 of every file, generation config, metadata
+    arrays/         the arrays, as Orbax stores them
+    tokenizer/      the tokenizer's files, if the model has one
+
+It is written under a temporary name and renamed, so it exists completely or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from vptq_jax.array import VQArray, expected_shapes
+from vptq_jax.convert.files import read_json
+from vptq_jax.convert.source import quantized_layers, raise_problems
+from vptq_jax.convert.tokenizer import load_tokenizer
+from vptq_jax.files import new_directory
+from vptq_jax.models.config import ModelConfig, RopeConfig
+from vptq_jax.models.decoder import Decoder
+from vptq_jax.models.linear import Linear, VQLinear
+from vptq_jax.models.params import AbstractSource
+from vptq_jax.models.registry import build
+from vptq_jax.spec import VQLayout
+
+FORMAT_VERSION = 1
+"""Raised when older versions of this library could no longer read what is written."""
+
+MANIFEST = "vptq_jax.json"
+_ARRAYS, _TOKENIZER = "arrays", "tokenizer"
+_CHUNK = 1 << 22
+
+Shardings = jax.sharding.Sharding | Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a directory was written by `save`."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def save(
+    model: Decoder, path: str | Path, *, overwrite: bool = False, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Saves a model with its config, tokenizer and generation config; all of it or nothing.
+
+    Args:
+        model: plain or quantized.
+        path: the new directory.
+        overwrite: replace an earlier checkpoint of this library (nothing else is ever replaced).
+        metadata: anything that JSON can hold, returned by `read_metadata`.
+
+    Raises:
+        FileExistsError: `path` holds something else, or a checkpoint and `overwrite` is False.
+        OSError: the directory cannot be written.
+        TypeError: the metadata is not JSON.
+    """
+    path = Path(path)
+    text = json.dumps(dict(metadata or {}))
+    if path.exists() and not _is_empty_directory(path):
+        if not is_checkpoint(path):
+            raise FileExistsError(f"{path} holds something that is no vptq_jax checkpoint; choose another directory")
+        if not overwrite:
+            raise FileExistsError(f"{path} already holds a checkpoint; pass overwrite=True or choose another directory")
+    arrays = {name: _stored(name, leaf) for name, leaf in _leaves(model)[0].items()}
+    with new_directory(path, overwrite=overwrite) as temporary:
+        _write_arrays(temporary / _ARRAYS, arrays)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(temporary / _TOKENIZER)
+        manifest = _manifest(model, arrays) | {"metadata": json.loads(text), "files": _checksums(temporary)}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def load(path: str | Path, *, sharding: Shardings | None = None, verify: bool = True) -> Decoder:
+    """A saved model, bit for bit; quantized layers stay quantized on the way.
+
+    Args:
+        path: a directory written by `save`.
+        sharding: where the arrays go: one sharding for all, or a function of an array's name
+            (`layers.0.mlp.up_proj.codebook`) and shape. None: the default device.
+        verify: check the CRC-32 of every file first.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: a newer format, or files that are missing, truncated or changed.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path)
+    _check_files(path, manifest, verify)
+    try:
+        abstract = build(_config_from(manifest["config"]), _ManifestSource(manifest))
+        leaves, structure = _leaves(abstract)
+        raise_problems(f"{path / MANIFEST} disagrees with itself", _array_problems(leaves, manifest["arrays"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error})") from error
+    stored = {name: _abstract_array(name, *entry, sharding) for name, entry in manifest["arrays"].items()}
+    arrays = _read_arrays(path / _ARRAYS, stored)
+    restored = [_restored(name, arrays[name]) for name in leaves]
+    model = nnx.merge(nnx.graphdef(abstract), jax.tree.unflatten(structure, restored))
+    model.tokenizer = load_tokenizer(path / _TOKENIZER)
+    model.generation_config = manifest.get("generation_config")
+    return model
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata that was given to `save`.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: a newer format, or a damaged one.
+    """
+    return _read_manifest(Path(path))["metadata"]
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """Everything about a checkpoint but its arrays: config, layers, arrays, files, metadata.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: a newer format, or a damaged one.
+    """
+    return _read_manifest(Path(path))
+
+
+def _is_empty_directory(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _leaves(model: Decoder) -> tuple[dict[str, Any], Any]:
+    """The model's arrays by dotted name, and the tree structure that takes them back in this order."""
+    leaves, structure = jax.tree.flatten_with_path(nnx.state(model))
+    names = [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in leaves]
+    return dict(zip(names, (leaf for _, leaf in leaves), strict=True)), structure
+
+
+def _is_small_perm(name: str, size: int) -> bool:
+    return name.endswith(".perm") and size <= 1 << 16
+
+
+def _stored(name: str, leaf: Array) -> Array:
+    return leaf.astype(jnp.uint16) if _is_small_perm(name, leaf.size) else leaf
+
+
+def _restored(name: str, array: Array) -> Array:
+    return array.astype(jnp.int32) if _is_small_perm(name, array.size) else array
+
+
+def _manifest(model: Decoder, arrays: Mapping[str, Array]) -> dict[str, Any]:
+    layers = {
+        path: {
+            "layout": dataclasses.asdict(layer.layout),
+            "normalize": layer.scale is not None,
+            "permute": layer.perm is not None,
+        }
+        for path, layer in quantized_layers(model).items()
+    }
+    return {
+        "format": "vptq_jax",
+        "format_version": FORMAT_VERSION,
+        "library_version": importlib.metadata.version("vptq_jax"),
+        "config": dataclasses.asdict(model.config),
+        "layers": layers,
+        "arrays": {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()},
+        "generation_config": model.generation_config,
+    }
+
+
+def _config_from(raw: Mapping[str, Any]) -> ModelConfig:
+    lists = {key: tuple(value) for key, value in raw.items() if isinstance(value, list)}
+    return ModelConfig(**{**raw, **lists, "rope": RopeConfig(**raw["rope"])})
+
+
+class _ManifestSource(AbstractSource):
+    """Abstract layers as a manifest describes them."""
+
+    def __init__(self, manifest: Mapping[str, Any]):
+        super().__init__()
+        self._layers = manifest["layers"]
+
+    def linear(self, name: str, out_features: int, in_features: int, *, bias: bool) -> Linear | VQLinear:
+        """See `ParamSource.linear`."""
+        record = self._layers.get(name)
+        if record is None:
+            return super().linear(name, out_features, in_features, bias=bias)
+        layout = VQLayout(**record["layout"])
+        shapes = expected_shapes(layout, normalize=record["normalize"], permute=record["permute"])
+        fields = {
+            field: None if shape is None else jax.ShapeDtypeStruct(shape, self.dtype) for field, shape in shapes.items()
+        }
+        return VQLinear(
+            VQArray(**fields, layout=layout), self.tensor(f"{name}.bias", (out_features,)) if bias else None
+        )
+
+
+def _array_problems(expected: Mapping[str, Any], recorded: Mapping[str, Any]) -> Iterator[str]:
+    for name in expected.keys() | recorded.keys():
+        found = list(recorded[name][1]) if name in recorded else None
+        wanted = list(expected[name].shape) if name in expected else None
+        if found != wanted:
+            yield f"array {name} has shape {found}; the config and layouts ask for {wanted}"
+
+
+def _abstract_array(name: str, dtype: str, shape: list[int], sharding: Shardings | None) -> jax.ShapeDtypeStruct:
+    array = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = sharding if isinstance(sharding, jax.sharding.Sharding) else sharding(name, array)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+
+
+def _write_arrays(path: Path, arrays: dict[str, Array]) -> None:
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), arrays)
+
+
+def _read_arrays(path: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path.absolute(), abstract)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise ValueError(f"{path} cannot be restored ({type(error).__name__}: {error})") from error
+
+
+def _checksums(directory: Path) -> dict[str, list[int]]:
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    return {str(file.relative_to(directory)): [file.stat().st_size, _crc(file)] for file in files}
+
+
+def _crc(file: Path) -> int:
+    value = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not is_checkpoint(path):
+        raise FileNotFoundError(f"{path} is no vptq_jax checkpoint: it has no {MANIFEST}")
+    manifest = read_json(path / MANIFEST)
+    version = manifest.get("format_version")
+    if manifest.get("format") != "vptq_jax" or not isinstance(version, int):
+        raise ValueError(f"{path / MANIFEST} does not describe a vptq_jax checkpoint")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, written by vptq_jax {manifest.get('library_version')}; "
+            f"this version reads up to {FORMAT_VERSION}. Upgrade vptq_jax"
+        )
+    for key in ("config", "layers", "arrays", "metadata", "files"):
+        if not isinstance(manifest.get(key), dict):
+            raise ValueError(f"{path / MANIFEST} is damaged: {key} is missing or no object")
+    return manifest
+
+
+def _check_files(path: Path, manifest: Mapping[str, Any], verify: bool) -> None:
+    problems = []
+    for name, (size, crc) in manifest["files"].items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            problems.append(f"{name} lies outside the checkpoint")
+        elif not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != size:
+            problems.append(f"{name} has {file.stat().st_size} bytes; expected {size} (truncated?)")
+        elif verify and _crc(file) != crc:
+            problems.append(f"{name} has changed since it was saved (its CRC-32 differs)")
+    raise_problems(f"{path} is damaged", problems)

@@ -1,0 +1,80 @@
+"""`load`: one call for every kind of checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from vptq_jax.models.decoder import Decoder
+
+Kind = Literal["orbax", "hf", "hf-vptq", "gguf"]
+
+
+def recognize(path_or_id: str | Path) -> tuple[Kind, Path]:
+    """The kind of a checkpoint, and where it lies (a hub id is downloaded).
+
+    Raises:
+        FileNotFoundError: nothing there, or nothing that is recognised.
+        NotImplementedError: weights quantized by a method that is not supported.
+        ValueError: a config.json that is not JSON.
+    """
+    from vptq_jax.checkpoint import MANIFEST, is_checkpoint
+    from vptq_jax.convert.files import read_json, resolve_directory
+    from vptq_jax.convert.hf import quantization_method
+
+    path = resolve_directory(path_or_id)
+    if path.is_file():
+        with path.open("rb") as stream:
+            if stream.read(4) == b"GGUF":
+                return "gguf", path
+        raise FileNotFoundError(f"{path} is a file, but not a GGUF file; give the checkpoint's directory instead")
+    if is_checkpoint(path):
+        return "orbax", path
+    if (path / "config.json").is_file():
+        method = quantization_method(read_json(path / "config.json"))
+        if method not in (None, "vptq"):
+            raise NotImplementedError(f"{path} is quantized by {method!r}; plain checkpoints and 'vptq' are read")
+        return ("hf" if method is None else "hf-vptq"), path
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return "gguf", ggufs[0]
+    if ggufs:
+        raise FileNotFoundError(f"{path} holds {len(ggufs)} GGUF files; name one, such as {ggufs[0]}")
+    raise FileNotFoundError(
+        f"{path} holds no checkpoint: neither {MANIFEST} (vptq_jax), nor config.json (Hugging Face), nor a GGUF file"
+    )
+
+
+def load(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False) -> Decoder:
+    """A model from any kind of checkpoint.
+
+    Args:
+        path_or_id: a directory saved by `checkpoint.save`, a Hugging Face directory or hub id (plain
+            or VPTQ), or a GGUF file.
+        dtype: dtype of the parameters of a plain checkpoint; None keeps the stored one (GGUF:
+            float32). Codebooks of quantized layers always keep theirs.
+        progress: show a bar where weights are read one by one.
+
+    Raises:
+        FileNotFoundError: nothing there, or nothing that is recognised.
+        NotImplementedError: a format, architecture or quantization that is not supported.
+        ValueError: a damaged checkpoint, every fault named; or a dtype for a kind that has none to choose.
+    """
+    kind, path = recognize(path_or_id)
+    if kind == "orbax":
+        from vptq_jax import checkpoint
+
+        if dtype is not None:
+            raise ValueError(f"{path} is a saved vptq_jax model, which keeps its dtypes; leave dtype out")
+        return checkpoint.load(path)
+    if kind == "gguf":
+        from vptq_jax.convert.gguf import load_gguf
+
+        return load_gguf(path, dtype=dtype, progress=progress)
+    if kind == "hf":
+        from vptq_jax.convert.hf import load_hf
+
+        return load_hf(path, dtype=dtype, progress=progress)
+    from vptq_jax.convert.vptq_format import load_vptq
+
+    return load_vptq(path, dtype=dtype, progress=progress)
