@@ -84,7 +84,7 @@ def write_llama(path: Path, vocab_size: int, *, hidden: int = 32, layers: int = 
     """Writes config.json and model.safetensors of a LLaMA with normal weights."""
     from safetensors.numpy import save_file
 
-    heads, kv_heads, inner = 4, 2, 48
+    heads, kv_heads, inner = 4, 2, 32  # Few different shapes, so that little has to be compiled.
     head_dim = hidden // heads
     config = {
         "architectures": ["LlamaForCausalLM"],

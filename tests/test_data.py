@@ -135,6 +135,19 @@ def test_windows_refuse_what_is_no_row_of_integers():
         data.windows(np.zeros(6), 2)
 
 
+@given(st.integers(1, 7), st.integers(1, 20))
+def test_batches_are_the_rows_in_order(batch_size, rows):
+    values = np.arange(rows * 3).reshape(rows, 3)
+    parts = data.batches(values, batch_size)
+    assert {len(part) for part in parts[:-1]} <= {batch_size}
+    np.testing.assert_array_equal(np.concatenate(parts), values)
+
+
+def test_batches_of_nothing():
+    with pytest.raises(ValueError, match="batch size is 0; expected at least 1"):
+        data.batches(np.zeros((2, 3)), 0)
+
+
 def test_tokenize_adds_no_special_tokens(tiny_hf):
     from transformers import AutoTokenizer
 

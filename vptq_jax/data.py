@@ -166,3 +166,14 @@ def windows(tokens: Int[np.ndarray, "tokens"], length: int, count: int | None = 
         )
     n = min(len(tokens) // length, count or len(tokens))
     return tokens[: n * length].reshape(n, length).astype(np.int32)
+
+
+def batches(rows: Int[np.ndarray, "n length"], batch_size: int = 1) -> list[Int[np.ndarray, "B length"]]:
+    """Rows in runs of `batch_size`, the last one possibly shorter.
+
+    Raises:
+        ValueError: the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size is {batch_size}; expected at least 1")
+    return [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]

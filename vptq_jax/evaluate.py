@@ -62,28 +62,26 @@ def perplexity(
         ValueError: the text is shorter than one window, a token id is outside the vocabulary, a
             number is out of range, or the model gives logits that are not finite.
     """
-    limit = model.config.max_position_embeddings
+    limit = model.config.context_length
     if not 2 <= context <= limit:
-        raise ValueError(f"context is {context}; expected 2 to {limit}, the model's max_position_embeddings")
-    if batch_size < 1:
-        raise ValueError(f"batch size is {batch_size}; expected at least 1")
+        raise ValueError(f"context is {context}; expected 2 to {limit} tokens, as long as the model can read")
     windows = data.windows(tokens, context, max_windows)
     check_tokens(windows, model.config.vocab_size, "text")
+    batches = data.batches(windows, batch_size)
 
     start = time.perf_counter()
-    losses = np.empty(len(windows))
-    with tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress) as bar:
-        for first in range(0, len(windows), batch_size):
-            batch = windows[first : first + batch_size]
-            losses[first : first + batch_size] = _window_losses(model, batch)
-            if not np.isfinite(losses[first : first + batch_size]).all():
+    losses: list[float] = []
+    with tqdm(total=len(windows), desc="Perplexity", unit="window", disable=not progress) as bar:
+        for batch in batches:
+            losses += _window_losses(model, batch).tolist()
+            if not np.isfinite(losses).all():
                 raise ValueError(
-                    f"the model gives logits that are not finite on window {first}; "
+                    f"the model gives logits that are not finite on window {np.isfinite(losses).argmin()}; "
                     "one of its tensors probably holds NaN or infinite values"
                 )
             bar.update(len(batch))
     return Perplexity(
-        value=float(np.exp(losses.mean())),
+        value=float(np.exp(np.mean(losses))),
         windows=len(windows),
         tokens=len(windows) * (context - 1),
         context=context,

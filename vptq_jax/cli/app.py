@@ -1,0 +1,78 @@
+"""The commands put together, and what every one of them does with errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from vptq_jax.cli import convert, evaluate, generate, inspect, quantize, quickstart
+
+USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
+"""What the library raises for input that it cannot work with."""
+
+app = typer.Typer(
+    name="vptq-jax",
+    help="Quantizes language models to 1 to 4 bits per weight with VPTQ, and runs them. "
+    "Begin with [bold]vptq-jax quickstart[/bold]; every command has examples in its own --help.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for _command in (
+    quickstart.quickstart, quantize.quantize, generate.generate, generate.chat,
+    evaluate.evaluate, convert.convert, inspect.inspect,
+):  # fmt: skip
+    app.command(name="eval" if _command is evaluate.evaluate else None)(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"vptq-jax {version('vptq_jax')} (jax {version('jax')}, flax {version('flax')})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere in the command.")
+    ] = False,
+) -> None:
+    # `main` takes --debug out before parsing, so that it works behind a command too; here it is for the help.
+    del version, debug
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command and exits: 0 done, 1 the input does not work, 2 wrong usage, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in arguments
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # No advice about PyTorch on the terminal.
+    warnings.showwarning = lambda message, *_, **__: _complain(str(message), "warning")
+    try:
+        app(args=[word for word in arguments if word != "--debug"], prog_name="vptq-jax")
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        _complain(str(error) or type(error).__name__)
+        sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == 130:
+            _complain("interrupted")
+        raise
+
+
+def _complain(message: str, kind: str = "error") -> None:
+    style = "bold red" if kind == "error" else "yellow"
+    Console(stderr=True, soft_wrap=True).print(Text(f"{kind}: ", style=style) + Text(message), highlight=False)

@@ -1,0 +1,126 @@
+"""What several commands share: options, checks made before work starts, and output."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from vptq_jax.models.decoder import Decoder
+
+out = Console(soft_wrap=True)
+"""Results, on standard output."""
+
+log = Console(stderr=True, soft_wrap=True)
+"""What happens meanwhile, on standard error, so that a program may read the results."""
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face directory or hub id, a directory in VPTQ format, a .gguf file, "
+        "or a directory saved by this program.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is already at the output.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="bfloat16|float32",
+        help="Type of the parameters that are not quantized; as stored when not given.",
+        show_default=False,
+    ),
+]
+
+
+def load_model(path: str, dtype: str | None = None) -> Decoder:
+    """The model, with a line about it on standard error."""
+    import jax.numpy as jnp
+
+    from vptq_jax.load import load
+
+    choices = {None: None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
+    if dtype not in choices:
+        raise ValueError(f"--dtype is {dtype!r}; expected bfloat16 or float32")
+    with log.status(f"Loading {path}"):
+        return load(path, dtype=choices[dtype])
+
+
+def tokenizer_of(model: Decoder, path: str) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ValueError: it came without one.
+    """
+    if model.tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer; put tokenizer.json and tokenizer_config.json beside the weights")
+    return model.tokenizer
+
+
+def check_output(path: Path, *, overwrite: bool = False) -> None:
+    """Makes sure that a new directory can be written at `path`, before hours of work go into it.
+
+    Raises:
+        FileExistsError: something is there already, and it is not a model to be overwritten.
+        OSError: the directory around it cannot be written.
+    """
+    from vptq_jax.checkpoint import is_checkpoint
+
+    if path.is_file():
+        raise FileExistsError(f"output {str(path)!r} is a file; name a new directory")
+    if path.is_dir() and any(path.iterdir()) and not (overwrite and is_checkpoint(path)):
+        hint = ", or replace the model in it with --overwrite" if is_checkpoint(path) else ""
+        raise FileExistsError(f"output {str(path)!r} already holds something; name a new directory{hint}")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Tries to write beside `path`, or in the closest directory above it that exists.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=place, prefix=".vptq-jax-"):
+            pass
+    except OSError as error:
+        raise type(error)(f"output {str(path)!r}: cannot write in {str(place)!r} ({error.strerror})") from None
+
+
+def context_for(model: Decoder, context: int | None) -> int:
+    """The context asked for, or the usual 2048 where the model allows it."""
+    return min(2048, model.config.context_length) if context is None else context
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output; dataclasses become objects, NaN and infinity become null."""
+    print(json.dumps(_plain(value), indent=2))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

@@ -1,0 +1,165 @@
+"""`vptq-jax generate` and `vptq-jax chat`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vptq_jax.cli import common
+
+if TYPE_CHECKING:
+    from vptq_jax.models.decoder import Decoder
+
+MaxNewTokens = Annotated[int, typer.Option(help="Stop after this many tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the most likely token each time; above 0 draws.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from this many tokens only.", show_default=False)]
+TopP = Annotated[
+    float | None, typer.Option(help="Draw from the likeliest tokens with this probability.", show_default=False)
+]
+MinP = Annotated[
+    float | None, typer.Option(help="Drop tokens below this share of the best one's probability.", show_default=False)
+]
+Penalty = Annotated[float, typer.Option(help="Above 1 discourages tokens that have been there already.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
+
+
+def generate(
+    model: common.ModelArgument,
+    prompt: Annotated[
+        list[str], typer.Argument(help="One or more texts to continue; - reads one from standard input.")
+    ],
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    dtype: common.DtypeOption = None,
+    json: common.JsonOption = False,
+) -> None:
+    """Continues a text, or several as one batch.
+
+    Examples:
+
+        vptq-jax generate out "The capital of France is" --max-new-tokens 32
+
+        vptq-jax generate out "Once upon" "In a galaxy" --temperature 0.8 --top-p 0.95 --seed 7
+
+        vptq-jax generate out - --json < prompt.txt
+    """
+    from vptq_jax.generate import GenerationResult
+    from vptq_jax.generate import generate as generate_texts
+
+    prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
+    settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if not all(prompts):
+        raise ValueError("the prompt is empty; expected some text")
+    loaded = common.load_model(model, dtype)
+    common.tokenizer_of(loaded, model)
+    with common.log.status("Generating (the first tokens take longest: the program is compiled)"):
+        result = generate_texts(loaded, prompts, return_result=True, **settings)
+    assert isinstance(result, GenerationResult)
+    assert result.texts is not None
+    if json:
+        common.print_json(
+            {"model": model, "prompts": prompts, **vars(result), "tokens_per_second": result.tokens_per_second}
+        )
+        return
+    for text, continuation in zip(prompts, result.texts, strict=True):
+        print(text + continuation + ("\n" if len(prompts) > 1 else ""))
+    common.log.print(
+        f"{sum(map(len, result.tokens))} tokens, {result.tokens_per_second:.1f}/s, {result.implementation} matmul",
+        style="dim",
+        highlight=False,
+    )
+
+
+def chat(
+    model: common.ModelArgument,
+    message: Annotated[
+        str | None, typer.Option(help="Ask this, print the answer and leave.", show_default=False)
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.", show_default=False)] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = 1.1,
+    seed: Seed = 0,
+    dtype: common.DtypeOption = None,
+    json: common.JsonOption = False,
+) -> None:
+    """Talks with a model that has a chat template.
+
+    Type a message and read the answer as it is written; an empty line, Ctrl-D or Ctrl-C ends.
+
+    Examples:
+
+        vptq-jax chat out
+
+        vptq-jax chat out --message "What is a codebook?" --temperature 0.7
+    """
+    settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if message is not None and not message.strip():
+        raise ValueError("the message is empty; expected some text")
+    if json and message is None:
+        raise ValueError("--json needs --message: a conversation is no JSON object")
+    loaded = common.load_model(model, dtype)
+    common.tokenizer_of(loaded, model)
+    messages = [{"role": "system", "content": system}] if system else []
+    if message is None:
+        common.log.print("An empty line ends the conversation.", style="dim")
+    for question in _questions() if message is None else [message]:
+        messages.append({"role": "user", "content": question})
+        answer = ""
+        for piece in _answer(loaded, messages, settings):
+            answer += piece
+            if not json:
+                print(piece, end="", flush=True)
+        messages.append({"role": "assistant", "content": answer})
+        if json:
+            common.print_json({"model": model, "messages": messages})
+        else:
+            print()
+
+
+def _settings(
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float,
+    seed: int,
+) -> dict[str, Any]:
+    """The settings as `generate` takes them, checked before a model is loaded."""
+    from vptq_jax.sampling import Sampling
+
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {max_new_tokens}; expected at least 1")
+    sampling = Sampling(
+        repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    return vars(sampling) | {"max_new_tokens": max_new_tokens, "seed": seed}
+
+
+def _answer(model: Decoder, messages: list[dict[str, str]], settings: dict[str, Any]) -> Iterator[str]:
+    from vptq_jax.generate import chat_prompt, stream
+
+    return stream(model, chat_prompt(model, messages), **settings)
+
+
+def _questions() -> Iterator[str]:
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not question.strip():
+            return
+        yield question
