@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
@@ -101,7 +102,7 @@ def quantize(
     else:
         along = RunningCalibration(shell.model, batches or [], config, _last_block(unfinished, shell.config.num_layers))
     with tqdm(total=len(specs), desc="Quantizing", unit="layer", disable=not progress) as bar:
-        operators = _Operators(config, specs, along, work, bar)
+        operators = _Operators(config, specs, work, bar)
         for layer in range(shell.config.num_layers):
             name = f"model.layers.{layer}"
             block = shell.dense_block(layer)
@@ -109,12 +110,13 @@ def quantize(
             along.enter(block, layer, needed=any(path in unfinished for path, _, _ in places))
             for path, owner, attribute in places:
                 if path in specs:
-                    setattr(owner, attribute, operators.quantized(path, getattr(owner, attribute)))
+                    setattr(owner, attribute, operators.quantized(path, getattr(owner, attribute), along))
             along.leave(block)
             shell.model.layers[layer] = block
         for path in (_HEAD, _EMBEDDING):
             if path in specs:
-                shell.model.set_linear(path, operators.quantized(path, shell.end(path)))
+                metric = along if shell.reads_hidden(path) else _uniform(path, shell.config.hidden_size)
+                shell.model.set_linear(path, operators.quantized(path, shell.end(path), metric))
     seconds = {"total": time.perf_counter() - started, "calibration": along.seconds}
     return shell.model, QuantReport(operators.rows, _config_record(config), seconds, peak_memory())
 
@@ -186,6 +188,10 @@ class _Shell:
         head = self.model.lm_head
         return self.model.embed_tokens if path == _EMBEDDING or head is None else head
 
+    def reads_hidden(self, path: str) -> bool:
+        """Whether a layer has inputs; an embedding that is not tied to the output projection is only looked up in."""
+        return path != _EMBEDDING or self.model.lm_head is None
+
     def weights(self, paths: Iterable[str]) -> dict[str, Array]:
         """Those weights that are in memory; of a streamed model also the first block's, to stand for the rest."""
         layers: dict[str, Any] = {_EMBEDDING: self.end(_EMBEDDING), _HEAD: self.end(_HEAD)}
@@ -231,21 +237,20 @@ class _Operators:
         self,
         config: QuantConfig,
         specs: Mapping[str, VQSpec],
-        calibration: Calibration,
         work: WorkDir | None,
         bar: tqdm,
     ):
-        self._config, self._specs, self._calibration, self._work, self._bar = config, specs, calibration, work, bar
+        self._config, self._specs, self._work, self._bar = config, specs, work, bar
         self.rows: list[dict[str, Any]] = []
 
-    def quantized(self, path: str, dense: Linear) -> VQLinear:
+    def quantized(self, path: str, dense: Linear, calibration: Calibration) -> VQLinear:
         """The quantized form of one dense layer; on disk when this returns."""
         self._bar.set_postfix_str(path)
         weight = dense.weight[...]
-        inputs = {"spec": str(self._specs[path]), "weight": array_digest(weight), **self._calibration.inputs(path)}
+        inputs = {"spec": str(self._specs[path]), "weight": array_digest(weight), **calibration.inputs(path)}
         done = self._work.load(path, inputs) if self._work else None
         if done is None:
-            done = self._quantize(path, weight)
+            done = self._quantize(path, weight, calibration)
             if self._work:
                 self._work.save(path, *done, inputs)
         array, stats = done
@@ -253,12 +258,14 @@ class _Operators:
         self._bar.update()
         return VQLinear(array, None if dense.bias is None else dense.bias[...])
 
-    def _quantize(self, path: str, weight: Float[Array, "out in"]) -> tuple[VQArray, dict[str, Any]]:
-        hessian = jnp.asarray(self._calibration.hessian(path))
+    def _quantize(
+        self, path: str, weight: Float[Array, "out in"], calibration: Calibration
+    ) -> tuple[VQArray, dict[str, Any]]:
+        hessian = jnp.asarray(calibration.hessian(path))
         started = time.perf_counter()
         config = self._config
         array, stats = quantize_weight(
-            self._calibration.target(path, weight),
+            calibration.target(path, weight),
             hessian,
             self._specs[path],
             key=operator_key(config.seed, path),
@@ -271,6 +278,11 @@ class _Operators:
         )
         array = jax.block_until_ready(_stored(array))
         return array, stats | {"seconds": time.perf_counter() - started}
+
+
+def _uniform(path: str, features: int) -> GivenHessians:
+    """The metric in which all columns of one layer count alike."""
+    return GivenHessians(Hessians({path: np.eye(features, dtype=np.float32)}, {path: {path: ""}}, tokens=0))
 
 
 def _last_block(unfinished: set[str], layers: int) -> int:
@@ -294,11 +306,12 @@ def _check_hessians(hessians: Hessians, specs: Mapping[str, VQSpec], shell: _She
             "mode 'sequential' collects Hessians while it quantizes and cannot use given ones; "
             "pass token batches, or take mode 'independent'"
         )
-    missing = [path for path in specs if path not in hessians]
+    needed = [path for path in specs if shell.reads_hidden(path)]
+    missing = [path for path in needed if path not in hessians]
     if missing:
         others = f" and {len(missing) - 1} other layers" if len(missing) > 1 else ""
         raise ValueError(f"there is no Hessian for {missing[0]}{others}; collect them on this model")
-    for path, weight in shell.weights(specs).items():
+    for path, weight in shell.weights(needed).items():
         expected = hessians.weight_digest(path)
         if expected and array_digest(weight) != expected:
             raise ValueError(
@@ -306,7 +319,7 @@ def _check_hessians(hessians: Hessians, specs: Mapping[str, VQSpec], shell: _She
                 "collect them on this model"
             )
     shapes = _linear_shapes(shell.config)
-    for key in dict.fromkeys(map(hessian_key, specs)):
+    for key in dict.fromkeys(map(hessian_key, needed)):
         check_hessian(jnp.asarray(hessians.for_module(key)), shapes[key][1], key)
 
 

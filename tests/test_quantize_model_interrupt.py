@@ -1,0 +1,140 @@
+"""Killing and interrupting a quantization: whatever the moment, running it again gives the same bytes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+SCRIPT = """
+import sys
+import jax, numpy as np
+from vptq_jax.models.config import ModelConfig
+from vptq_jax.models.params import RandomSource
+from vptq_jax.models.registry import build
+from vptq_jax.quantize.model import quantize
+from vptq_jax.spec import QuantConfig
+
+config = ModelConfig.from_hf({
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64, "tie_word_embeddings": False,
+})
+model = build(config, RandomSource(jax.random.key(0), std=0.2))
+batches = [np.asarray(jax.random.randint(jax.random.key(i), (2, 16), 0, 64)) for i in range(3)]
+quant = QuantConfig("v4-k16-16", kmeans_iters=5, rounds=1, mode="sequential")
+print("ready", flush=True)
+quantize(model, quant, batches, workdir=sys.argv[1], progress=False)
+print("done", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts a quantization into a directory; programs are compiled once for all of them."""
+    cache = tmp_path_factory.mktemp("compiled")
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    running = []
+
+    def start(directory):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(directory)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        running.append(process)
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        return process
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def reference(start, tmp_path_factory):
+    """Files of an uninterrupted run, and its seconds with every program compiled before."""
+    first, second = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")
+    finish(start(first))
+    began = time.monotonic()
+    finish(start(second))
+    assert contents(first) == contents(second), "two uninterrupted runs differ"
+    return contents(second), time.monotonic() - began
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert output == "done\n"
+
+
+def contents(directory):
+    return {f.name: f.read_bytes() for f in directory.iterdir() if f.name != "seconds.jsonl"}
+
+
+def operators(directory):
+    return {name for name in contents(directory) if name.endswith(".safetensors")}
+
+
+def kill_after(process, directory, count):
+    """Sends SIGKILL once `count` operators are finished."""
+    while process.poll() is None and len(operators(directory)) < count:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "finished before it could be killed"
+
+
+def test_killed_twice_and_run_again(start, reference, tmp_path):
+    files, _ = reference
+    for count in (5, 20):
+        kill_after(start(tmp_path), tmp_path, count)
+        left = contents(tmp_path)
+        finished = {name: left[name] for name in operators(tmp_path)}
+        assert finished.items() <= files.items(), "an operator file differs or is partial"
+        assert count <= len(finished) < 42
+    finish(start(tmp_path))
+    assert contents(tmp_path) == files
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_at_ten_random_moments(start, reference, tmp_path):
+    files, seconds = reference
+    moments = random.Random(0)
+    killed = 0
+    for attempt in range(10):
+        directory = tmp_path / str(attempt)
+        process = start(directory)
+        time.sleep(moments.uniform(0, seconds))
+        process.kill()
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        finish(start(directory))
+        assert contents(directory) == files
+    assert killed >= 5, "most runs were over before they could be killed"
+
+
+def test_interrupt_stops_at_once_and_leaves_whole_files(start, reference, tmp_path):
+    files, _ = reference
+    process = start(tmp_path)
+    while len(operators(tmp_path)) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert "KeyboardInterrupt" in errors
+    assert "done" not in output
+    left = contents(tmp_path)
+    assert left.items() <= files.items()
+    assert not [name for name in left if name.startswith(".")]
+    finish(start(tmp_path))
+    assert contents(tmp_path) == files
