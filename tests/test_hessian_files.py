@@ -110,7 +110,7 @@ def test_pickles_are_never_executed(directory):
 def test_truncated_file(directory):
     file = directory / "0_o.pt"
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(ValueError, match="0_o.pt is not a Hessian file"):
+    with pytest.raises(ValueError, match=r"0_o\.pt is not a Hessian file"):
         load_hessian_files(directory).for_module("model.layers.0.self_attn.o_proj")
 
 

@@ -102,7 +102,7 @@ class Activations:
         hidden = self._fetch(outputs())
         if advance:
             self._hidden = hidden
-        return self._means(moments, name)
+        return self._means(_in_forward_order(moments, block), name)
 
     def observe_drift(
         self, exact: Activations, block: Block, name: str
@@ -127,7 +127,7 @@ class Activations:
                 yield out
 
         exact._hidden = self._fetch(outputs())
-        means = self._means(moments, name)
+        means = self._means(_in_forward_order(moments, block), name)
         return means, {f"{name}.{path}": drift.mean(self.tokens) for path, drift in drifts.items()}
 
     def observe_head(self) -> Float[np.ndarray, "in in"]:
@@ -197,6 +197,11 @@ def _apply_tapped(block: Block, h: Array, at: Rotary) -> tuple[Array, dict[str, 
         if hessian_key(path) == path:
             setattr(owner, name, nnx.static(_Tap(getattr(owner, name), inputs, path)))
     return block(h, at), inputs
+
+
+def _in_forward_order(moments: dict[str, Moment], block: Block) -> dict[str, Moment]:
+    """A jitted function returns a dictionary in alphabetical order; the first layer with a fault is to be named."""
+    return {path: moments[path] for path, _, _ in block.places() if path in moments}
 
 
 def _zero_moments(block: Block) -> dict[str, Moment]:
