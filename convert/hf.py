@@ -21,6 +21,36 @@ from vptq_jax.models.registry import build
 _HARMLESS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
+@dataclasses.dataclass(frozen=True)
+class PlainCheckpoint:
+    """A plain Hugging Face directory whose headers fit its config: all that is known without reading a weight."""
+
+    directory: Path
+    config: ModelConfig
+    files: SafetensorsFiles
+    plan: Plan
+
+
+def open_hf(path_or_id: str | Path) -> PlainCheckpoint:
+    """Checks a plain Hugging Face checkpoint's config and headers.
+
+    Raises:
+        FileNotFoundError: no such checkpoint, or no weights in it.
+        NotImplementedError: its weights are quantized by another method.
+        ValueError: everything that is wrong with it, gathered.
+    """
+    directory = resolve_directory(path_or_id)
+    raw = read_json(directory / "config.json")
+    method = quantization_method(raw)
+    if method is not None:
+        raise NotImplementedError(f"{directory} is quantized by {method!r}; only plain checkpoints and 'vptq' are read")
+    files = SafetensorsFiles(directory)
+    config = read_config(raw, files)
+    plan = Plan(config)
+    raise_problems(f"{directory} does not fit its config.json", tensor_problems(plan.shapes, files, config))
+    return PlainCheckpoint(directory, config, files, plan)
+
+
 def load_hf(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False) -> Decoder:
     """A plain Hugging Face checkpoint as a model, tensor by tensor.
 
@@ -30,22 +60,15 @@ def load_hf(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False
         progress: show a bar.
 
     Raises:
-        FileNotFoundError: no such checkpoint, or no weights in it.
-        NotImplementedError: its weights are quantized by another method.
-        ValueError: everything that is wrong with it, gathered before a weight is read.
+        FileNotFoundError, NotImplementedError, ValueError: see `open_hf`; ValueError also for NaN or
+            infinite weights, which are found on the way.
     """
     target = check_dtype(dtype)
-    directory = resolve_directory(path_or_id)
-    raw = read_json(directory / "config.json")
-    method = quantization_method(raw)
-    if method is not None:
-        raise NotImplementedError(f"{directory} is quantized by {method!r}; only plain checkpoints and 'vptq' are read")
-    files = SafetensorsFiles(directory)
-    config = read_config(raw, files)
-    raise_problems(f"{directory} does not fit its config.json", tensor_problems(Plan(config).shapes, files, config))
-    with progress_bar(files.nbytes, progress) as advance:
-        model = build(config, StoredSource(lambda name: files.read(name, target), advance))
-    return finish(model, directory)
+    stored = open_hf(path_or_id)
+    with progress_bar(stored.files.nbytes, progress) as advance:
+        source = StoredSource(lambda name: stored.files.read(name, target), advance)
+        model = build(stored.config, source)
+    return finish(model, stored.directory)
 
 
 def quantization_method(raw: Mapping[str, Any]) -> str | None:

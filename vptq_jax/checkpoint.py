@@ -106,7 +106,9 @@ def load(path: str | Path, *, sharding: Shardings | None = None, verify: bool = 
         raise_problems(f"{path / MANIFEST} disagrees with itself", _array_problems(leaves, manifest["arrays"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error})") from error
-    stored = {name: _abstract_array(name, *entry, sharding) for name, entry in manifest["arrays"].items()}
+    stored = {
+        name: _abstract_array(name, dtype, shape, sharding) for name, (dtype, shape) in manifest["arrays"].items()
+    }
     arrays = _read_arrays(path / _ARRAYS, stored)
     restored = [_restored(name, arrays[name]) for name in leaves]
     model = nnx.merge(nnx.graphdef(abstract), jax.tree.unflatten(structure, restored))
@@ -197,7 +199,7 @@ class _ManifestSource(AbstractSource):
             return super().linear(name, out_features, in_features, bias=bias)
         layout = VQLayout(**record["layout"])
         shapes = expected_shapes(layout, normalize=record["normalize"], permute=record["permute"])
-        fields = {
+        fields: dict[str, Any] = {
             field: None if shape is None else jax.ShapeDtypeStruct(shape, self.dtype) for field, shape in shapes.items()
         }
         return VQLinear(

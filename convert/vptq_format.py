@@ -1,0 +1,452 @@
+"""The community's VPTQ checkpoints in: Hugging Face directories with a `quantization_config` of method `vptq`.
+
+Packed indices and codebooks are adopted bit for bit; what `VQArray` holds is what the file holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vptq_jax.array import VQArray, expected_shapes
+from vptq_jax.convert.files import read_json, resolve_directory
+from vptq_jax.convert.hf import (
+    finish,
+    is_harmless,
+    progress_bar,
+    quantization_method,
+    read_config,
+    tensor_problems,
+)
+from vptq_jax.convert.safetensors_reader import SafetensorsFiles, find_nonfinite
+from vptq_jax.convert.source import FLOATS, Plan, StoredSource, check_dtype, raise_problems, to_device
+from vptq_jax.models.config import ModelConfig
+from vptq_jax.models.decoder import Decoder
+from vptq_jax.models.linear import Linear, VQLinear
+from vptq_jax.models.registry import build
+from vptq_jax.packing import pack_indices
+from vptq_jax.spec import VQLayout
+
+_LOG = logging.getLogger(__name__)
+
+TENSORS = {
+    "indices": "indices",
+    "codebook": "centroids.weight",
+    "res_codebook": "res_centroids.weight",
+    "outlier_indices": "outlier_indices",
+    "outlier_codebook": "outlier_centroids.weight",
+    "scale": "weight_scale",
+    "offset": "weight_bias",
+    "perm": "perm",
+}
+"""Name of every `VQArray` field inside a layer."""
+
+SWAPPED = "swapped_codebooks"
+"""Our own key: layers whose residual codebook, being the larger one, is stored as the main one."""
+
+_RES_INDICES = "res_indices"  # only where indices are not packed
+_LAYER_KEYS = frozenset(
+    [
+        "in_features",
+        "out_features",
+        "bias",
+        "vector_lens",
+        "num_centroids",
+        "num_res_centroids",
+        "group_num",
+        "group_size",
+        "outlier_size",
+        "enable_perm",
+        "enable_norm",
+        "is_indice_packed",
+        "norm_dim",
+        "indices_as_float",
+        "enable_proxy_error",
+        "vector_quant_dim",
+    ]
+)
+_SECTION_KEYS = frozenset(
+    [
+        "quant_method",
+        "config_for_layers",
+        "shared_layer_config",
+        "modules_to_not_convert",
+        "enable_proxy_error",
+        "vptq_jax",
+    ]
+)
+_INDEX_DTYPES = ("int16", "uint16", "float16", "int32", "int64")
+_PERM_DTYPES = ("int16", "uint16", "int32", "int64")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLayer:
+    """How one quantized layer lies in the checkpoint."""
+
+    layout: VQLayout
+    normalize: bool
+    permute: bool
+    packed: bool
+    swapped: bool = False
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the layer (without bias), by name inside the layer."""
+        layout = self.layout
+        fields = expected_shapes(layout, normalize=self.normalize, permute=self.permute)
+        shapes = {TENSORS[field]: shape for field, shape in fields.items() if shape is not None}
+        plain = (layout.num_groups, layout.num_vectors, layout.group_size)
+        if not self.packed:
+            shapes["indices"] = plain
+            if layout.num_res_centroids:
+                shapes[_RES_INDICES] = plain
+        for name in ("centroids.weight", "res_centroids.weight"):
+            if name in shapes:
+                groups, size, length = shapes[name]
+                shapes[name] = (groups, size * length)
+        if layout.outlier_size:
+            shapes["outlier_indices"] = (1, *shapes["outlier_indices"])
+            shapes["outlier_centroids.weight"] = (1, layout.num_outlier_centroids * layout.outlier_vector_len)
+        return shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class VPTQCheckpoint:
+    """A VPTQ directory whose headers fit its config: all that is known without reading a weight.
+
+    Attributes:
+        directory: where it lies.
+        config: of the model.
+        files: its tensors.
+        plan: what the model asks for.
+        layers: every quantized layer, by module path.
+    """
+
+    directory: Path
+    config: ModelConfig
+    files: SafetensorsFiles
+    plan: Plan
+    layers: dict[str, StoredLayer]
+
+
+def load_vptq(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False) -> Decoder:
+    """A VPTQ checkpoint as a model with quantized layers, tensor by tensor.
+
+    Args:
+        path_or_id: a directory or hub id.
+        dtype: dtype of the tensors that are not quantized; None keeps every one as it is stored.
+            Codebooks, scales and offsets always keep theirs.
+        progress: show a bar.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: everything that is wrong with it, gathered before a large tensor is read.
+    """
+    target = check_dtype(dtype)
+    stored = open_vptq(path_or_id)
+    raise_problems(f"{stored.directory} holds values that cannot be", content_problems(stored))
+    with progress_bar(stored.files.nbytes, progress) as advance:
+        model = build(stored.config, _VPTQSource(stored, target, advance))
+    return finish(model, stored.directory)
+
+
+def open_vptq(path_or_id: str | Path) -> VPTQCheckpoint:
+    """Checks a VPTQ checkpoint's config, layer configs and headers.
+
+    Raises:
+        FileNotFoundError: no such checkpoint, or no weights in it.
+        ValueError: every problem found.
+    """
+    directory = resolve_directory(path_or_id)
+    raw = read_json(directory / "config.json")
+    if quantization_method(raw) != "vptq":
+        raise ValueError(f"{directory} is no VPTQ checkpoint: its quantization method is {quantization_method(raw)!r}")
+    files = SafetensorsFiles(directory)
+    config = read_config(raw, files)
+    plan = Plan(config)
+    layers, problems = read_layers(raw["quantization_config"], plan)
+    problems += _header_problems(plan, layers, files, config)
+    raise_problems(f"{directory} cannot be read", problems)
+    return VPTQCheckpoint(directory, config, files, plan, layers)
+
+
+def read_layers(section: Mapping[str, Any], plan: Plan) -> tuple[dict[str, StoredLayer], list[str]]:
+    """Every quantized layer that a `quantization_config` describes, and the problems with it."""
+    problems: list[str] = []
+    own, shared = (_mapping(section, key, problems) for key in ("config_for_layers", "shared_layer_config"))
+    left_dense = section.get("modules_to_not_convert") or []
+    if not isinstance(left_dense, list) or not all(isinstance(name, str) for name in left_dense):
+        problems.append(f"modules_to_not_convert is {_short(left_dense)}; expected a list of names")
+        left_dense = []
+    unknown = set(section) - _SECTION_KEYS
+    swapped = section.get("vptq_jax", {})
+    swapped = swapped.get(SWAPPED, []) if isinstance(swapped, Mapping) else []
+    layers: dict[str, StoredLayer] = {}
+    for path, (out_features, in_features, _) in plan.linears.items():
+        raw = own.get(path, shared.get(path.rsplit(".", 1)[-1]))
+        if raw is None or _is_left_dense(path, left_dense):
+            continue
+        if not isinstance(raw, Mapping):
+            problems.append(f"{path}: its layer config is {_short(raw)}; expected an object")
+            continue
+        unknown |= set(raw) - _LAYER_KEYS
+        try:
+            layers[path] = read_layer(raw, out_features, in_features, swapped=path in swapped)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+    problems += [
+        f"config_for_layers names {name!r}, which the model does not have" for name in own.keys() - plan.linears
+    ]
+    if unknown:
+        _LOG.info("ignoring unknown keys of quantization_config: %s", ", ".join(sorted(map(str, unknown))))
+    if not layers and not problems:
+        problems.append("quantization_config names no layer of the model")
+    return layers, problems
+
+
+def read_layer(raw: Mapping[str, Any], out_features: int, in_features: int, *, swapped: bool = False) -> StoredLayer:
+    """One layer's config, checked against the shape that the model config asks for.
+
+    Raises:
+        ValueError: a value of the wrong type, out of range, or at odds with the shape.
+    """
+    for key, expected in (("in_features", in_features), ("out_features", out_features)):
+        if _integer(raw, key, -1) not in (-1, expected):
+            raise ValueError(f"{key} is {raw[key]}; the model config asks for {expected}")
+    if raw.get("norm_dim") not in (None, 0):
+        raise ValueError(f"norm_dim is {_short(raw['norm_dim'])}; only 0 (scale and bias per input column) is read")
+    if raw.get("vector_quant_dim") not in (None, "out"):
+        raise ValueError(f"vector_quant_dim is {_short(raw['vector_quant_dim'])}; only 'out' is read")
+    outlier_length, length = _pair(raw, "vector_lens")
+    outlier_centroids, centroids = _pair(raw, "num_centroids")
+    outlier_residuals, residuals = _pair(raw, "num_res_centroids")
+    outliers, groups = _integer(raw, "outlier_size", 0), _integer(raw, "group_num", 1)
+    if outliers and outlier_residuals > 0:
+        raise ValueError(
+            f"num_res_centroids is {[outlier_residuals, residuals]}: outliers with a residual are not read"
+        )
+    layout = VQLayout(
+        out_features=out_features,
+        in_features=in_features,
+        vector_len=length,
+        num_centroids=centroids,
+        num_res_centroids=max(residuals, 0),
+        num_groups=groups,
+        outlier_size=outliers,
+        outlier_vector_len=outlier_length if outliers else 0,
+        num_outlier_centroids=outlier_centroids if outliers else 0,
+    )
+    size = _integer(raw, "group_size", -1)
+    if size > 0 and size != layout.group_size:
+        raise ValueError(
+            f"group_size is {size}; {in_features} columns less {outliers} outliers in {groups} groups make "
+            f"{layout.group_size}"
+        )
+    return StoredLayer(
+        layout,
+        normalize=_boolean(raw, "enable_norm"),
+        permute=_boolean(raw, "enable_perm"),
+        packed=_boolean(raw, "is_indice_packed"),
+        swapped=swapped and layout.num_res_centroids > 0,
+    )
+
+
+def content_problems(stored: VPTQCheckpoint, *, everything: bool = False) -> Iterator[str]:
+    """Faults that only values show: NaN, permutations that are none, indices beyond their codebook.
+
+    Reads one tensor at a time and keeps none; `everything` also reads the dense weights and packed
+    indices of unpacked layers, otherwise only the small tensors of quantized layers.
+    """
+    small = {f"{path}.{name}": layer for path, layer in stored.layers.items() for name in layer.shapes()}
+    for name in stored.files:
+        layer = small.get(name)
+        if layer is None:
+            if everything and stored.files[name].dtype.name in FLOATS:
+                yield from _nonfinite(name, stored.files.read(name))
+        elif name.endswith(".perm"):
+            yield from _perm_problems(name, stored.files.read(name), layer.layout.in_features)
+        elif name.endswith(".outlier_indices"):
+            yield from _range_problems(name, stored.files.read(name), layer.layout.num_outlier_centroids)
+        elif not name.endswith("indices"):
+            yield from _nonfinite(name, stored.files.read(name))
+        elif not layer.packed:
+            residual = name.endswith(_RES_INDICES)
+            size = layer.layout.num_res_centroids if residual else layer.layout.num_centroids
+            yield from _range_problems(name, stored.files.read(name), size)
+
+
+class _VPTQSource(StoredSource):
+    """Quantized layers from their stored tensors, everything else as it is."""
+
+    def __init__(self, stored: VPTQCheckpoint, dtype: Any, progress: Any):
+        super().__init__(lambda name: stored.files.read(name, dtype), progress)
+        self._stored = stored
+
+    def linear(self, name: str, out_features: int, in_features: int, *, bias: bool) -> Linear | VQLinear:
+        """See `ParamSource.linear`."""
+        layer = self._stored.layers.get(name)
+        if layer is None:
+            return super().linear(name, out_features, in_features, bias=bias)
+        weight = self._read_weight(name, layer)
+        return VQLinear(weight, self.tensor(f"{name}.bias", (out_features,)) if bias else None)
+
+    def _read_weight(self, path: str, layer: StoredLayer) -> VQArray:
+        shapes = expected_shapes(layer.layout, normalize=layer.normalize, permute=layer.permute)
+        fields: dict[str, Any] = {}
+        for field, shape in shapes.items():
+            if shape is None:
+                fields[field] = None
+            elif field != "indices":
+                fields[field] = to_device(f"{path}.{TENSORS[field]}", self._read_field(path, field).reshape(shape))
+        if layer.packed:
+            indices = jax.device_put(self._read_field(path, "indices"))
+            weight = VQArray(indices=indices, layout=layer.layout, **fields)
+        else:
+            weight = self._pack(path, layer, fields)
+        return _swap(weight) if layer.swapped else weight
+
+    def _read_field(self, path: str, field: str) -> np.ndarray:
+        name = f"{path}.{TENSORS[field]}"
+        array = self._stored.files.read(name)
+        if self._progress:
+            self._progress(array.nbytes)
+        if field == "indices" and array.dtype == np.int32:
+            return array.view(np.uint32)
+        if field == "outlier_indices":
+            return _unsigned(array).astype(np.uint16, copy=False)
+        return _unsigned(array).astype(np.int32) if field == "perm" else array
+
+    def _pack(self, path: str, layer: StoredLayer, fields: dict[str, Any]) -> VQArray:
+        main = _unsigned(self._stored.files.read(f"{path}.indices")).astype(np.uint32)
+        residual = None
+        if layer.layout.num_res_centroids:
+            residual = _unsigned(self._stored.files.read(f"{path}.{_RES_INDICES}")).astype(np.uint32)
+        return VQArray.from_indices(layer.layout, main, residual, **fields)
+
+
+def _swap(weight: VQArray) -> VQArray:
+    """The same weight with main and residual codebook exchanged: their sum does not change."""
+    main, residual = weight.unpack()
+    assert residual is not None
+    assert weight.res_codebook is not None
+    layout = dataclasses.replace(
+        weight.layout,
+        num_centroids=weight.layout.num_res_centroids,
+        num_res_centroids=weight.layout.num_centroids,
+    )
+    packed = pack_indices(residual, main, layout.index_bits, layout.res_index_bits)
+    return dataclasses.replace(
+        weight, indices=packed, codebook=weight.res_codebook, res_codebook=weight.codebook, layout=layout
+    )
+
+
+def _unsigned(array: np.ndarray) -> np.ndarray:
+    """Two-byte dtypes hold the bits of a uint16; wider ones hold plain numbers."""
+    return array.view(np.uint16) if array.dtype.itemsize == 2 else array
+
+
+def _header_problems(
+    plan: Plan, layers: Mapping[str, StoredLayer], files: SafetensorsFiles, config: ModelConfig
+) -> list[str]:
+    dense = {name: shape for name, shape in plan.shapes.items() if name.removesuffix(".weight") not in layers}
+    known = set(dense)
+    problems = []
+    for path, layer in layers.items():
+        for name, shape in layer.shapes().items():
+            full = f"{path}.{name}"
+            known.add(full)
+            if full not in files:
+                problems.append(f"{full} is missing; expected shape {list(shape)}")
+            elif files[full].shape != shape:
+                problems.append(f"{full} has shape {list(files[full].shape)}; expected {list(shape)}")
+            elif files[full].dtype.name not in _dtypes_of(name, layer):
+                kinds = ", ".join(_dtypes_of(name, layer))
+                problems.append(f"{full} has dtype {files[full].dtype.name}; expected {kinds}")
+    expected = {name: shape for name, shape in dense.items()}
+    problems += [p for p in tensor_problems(expected, files, config) if not p.endswith("is unexpected")]
+    return problems + [
+        f"{name} of shape {list(files[name].shape)} is unexpected"
+        for name in files
+        if name not in known and not is_harmless(name, config) and not _is_empty_outlier(name, layers, files)
+    ]
+
+
+def _is_empty_outlier(name: str, layers: Mapping[str, StoredLayer], files: SafetensorsFiles) -> bool:
+    """The reference allocates an outlier codebook and no indices where there are no outlier columns."""
+    path, _, tail = name.partition(".outlier_")
+    return bool(tail) and path in layers and not layers[path].layout.outlier_size
+
+
+def _dtypes_of(name: str, layer: StoredLayer) -> tuple[str, ...]:
+    if name == "perm":
+        return _PERM_DTYPES
+    if name == "indices" and layer.packed:
+        return ("int32", "uint32")
+    return _INDEX_DTYPES if name.endswith("indices") else FLOATS
+
+
+def _nonfinite(name: str, array: np.ndarray) -> Iterator[str]:
+    position = find_nonfinite(array)
+    if position is not None:
+        yield f"{name} holds {array.reshape(-1)[position]} at entry {position}; expected finite numbers"
+
+
+def _perm_problems(name: str, array: np.ndarray, count: int) -> Iterator[str]:
+    values = _unsigned(array).astype(np.int64)
+    if not np.array_equal(np.sort(values), np.arange(count)):
+        yield f"{name} is no permutation of 0 .. {count - 1}"
+
+
+def _range_problems(name: str, array: np.ndarray, size: int) -> Iterator[str]:
+    values = _unsigned(array)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= size:
+        yield f"{name} holds index {low if low < 0 else high}; its codebook has {size} entries"
+
+
+def _is_left_dense(path: str, names: list[str]) -> bool:
+    stems = (name.removesuffix(".weight") for name in names)
+    return any(path == stem or path.endswith(f".{stem}") or path.startswith(f"{stem}.") for stem in stems)
+
+
+def _mapping(section: Mapping[str, Any], key: str, problems: list[str]) -> Mapping[str, Any]:
+    value = section.get(key)
+    if value is None or isinstance(value, Mapping):
+        return value or {}
+    problems.append(f"{key} is {_short(value)}; expected an object")
+    return {}
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _integer(raw: Mapping[str, Any], key: str, default: int) -> int:
+    value = raw.get(key, default)
+    if not _is_integer(value):
+        raise ValueError(f"{key} is {_short(value)}; expected a whole number")
+    return value
+
+
+def _boolean(raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key, True)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} is {_short(value)}; expected true or false")
+    return value
+
+
+def _pair(raw: Mapping[str, Any], key: str) -> tuple[int, int]:
+    value = raw.get(key, [-1, -1] if key == "num_res_centroids" else None)
+    if not isinstance(value, list) or len(value) != 2 or not all(map(_is_integer, value)):
+        raise ValueError(f"{key} is {_short(value)}; expected two whole numbers, [of the outliers, of the rest]")
+    return value[0], value[1]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
