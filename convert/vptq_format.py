@@ -51,36 +51,15 @@ SWAPPED = "swapped_codebooks"
 """Our own key: layers whose residual codebook, being the larger one, is stored as the main one."""
 
 _RES_INDICES = "res_indices"  # only where indices are not packed
-_LAYER_KEYS = frozenset(
-    [
-        "in_features",
-        "out_features",
-        "bias",
-        "vector_lens",
-        "num_centroids",
-        "num_res_centroids",
-        "group_num",
-        "group_size",
-        "outlier_size",
-        "enable_perm",
-        "enable_norm",
-        "is_indice_packed",
-        "norm_dim",
-        "indices_as_float",
-        "enable_proxy_error",
-        "vector_quant_dim",
-    ]
-)
-_SECTION_KEYS = frozenset(
-    [
-        "quant_method",
-        "config_for_layers",
-        "shared_layer_config",
-        "modules_to_not_convert",
-        "enable_proxy_error",
-        "vptq_jax",
-    ]
-)
+_LAYER_KEYS = frozenset({
+    "in_features", "out_features", "bias", "vector_lens", "num_centroids", "num_res_centroids", "group_num",
+    "group_size", "outlier_size", "enable_perm", "enable_norm", "is_indice_packed", "norm_dim", "indices_as_float",
+    "enable_proxy_error", "vector_quant_dim",
+})  # fmt: skip
+_SECTION_KEYS = frozenset({
+    "quant_method", "config_for_layers", "shared_layer_config", "modules_to_not_convert", "enable_proxy_error",
+    "vptq_jax",
+})  # fmt: skip
 _INDEX_DTYPES = ("int16", "uint16", "float16", "int32", "int64")
 _PERM_DTYPES = ("int16", "uint16", "int32", "int64")
 
@@ -367,16 +346,15 @@ def _header_problems(
             elif files[full].dtype.name not in _dtypes_of(name, layer):
                 kinds = ", ".join(_dtypes_of(name, layer))
                 problems.append(f"{full} has dtype {files[full].dtype.name}; expected {kinds}")
-    expected = {name: shape for name, shape in dense.items()}
-    problems += [p for p in tensor_problems(expected, files, config) if not p.endswith("is unexpected")]
+    problems += [problem for problem in tensor_problems(dense, files, config) if not problem.endswith("is unexpected")]
     return problems + [
         f"{name} of shape {list(files[name].shape)} is unexpected"
         for name in files
-        if name not in known and not is_harmless(name, config) and not _is_empty_outlier(name, layers, files)
+        if name not in known and not is_harmless(name, config) and not _is_empty_outlier(name, layers)
     ]
 
 
-def _is_empty_outlier(name: str, layers: Mapping[str, StoredLayer], files: SafetensorsFiles) -> bool:
+def _is_empty_outlier(name: str, layers: Mapping[str, StoredLayer]) -> bool:
     """The reference allocates an outlier codebook and no indices where there are no outlier columns."""
     path, _, tail = name.partition(".outlier_")
     return bool(tail) and path in layers and not layers[path].layout.outlier_size

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
+
 from vptq_jax.convert.hf import load_hf
 
 TINY = {
@@ -98,10 +99,12 @@ def edited(tiny_hf, tmp_path, edit=None, config=None):
 
 
 def test_all_faults_come_in_one_error(tiny_hf, tmp_path):
+    inner = json.loads((tiny_hf / "config.json").read_text())["intermediate_size"]
+
     def edit(tensors):
         del tensors["model.norm.weight"]
         tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((3, 5), np.float32)
-        tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((48, 32), np.int32)
+        tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((inner, 32), np.int32)
         tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((48, 32), np.float32)
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
 
@@ -109,7 +112,7 @@ def test_all_faults_come_in_one_error(tiny_hf, tmp_path):
         load_hf(edited(tiny_hf, tmp_path, edit))
     text = str(error.value)
     assert "model.norm.weight is missing; expected shape [32]" in text
-    assert "model.layers.0.mlp.up_proj.weight has shape [3, 5]; expected [48, 32]" in text
+    assert f"model.layers.0.mlp.up_proj.weight has shape [3, 5]; expected [{inner}, 32]" in text
     assert "model.layers.1.mlp.up_proj.weight has dtype int32; expected float32" in text
     assert "model.layers.2.mlp.up_proj.weight of shape [48, 32] is unexpected" in text
     assert "inv_freq" not in text

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+
 from vptq_jax.convert.safetensors_reader import DTYPES, SafetensorsFiles, find_nonfinite
 
 
