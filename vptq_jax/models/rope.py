@@ -75,10 +75,10 @@ def _power(theta: float, head_dim: int) -> np.ndarray:
 
 def _dynamic(config: ModelConfig, length: Int[Array, "B"]) -> Float[Array, "B half"]:
     factor, trained, dim = config.rope.factor, config.max_position_embeddings, config.head_dim
-    length = jnp.maximum(length, trained).astype(jnp.float32)
-    stretch = (factor * length / trained - (factor - 1)) ** (dim / (dim - 2))
-    # theta^e * stretch^e: the constant part keeps its exact rounding, and no stretch leaves it untouched.
-    return 1 / (jnp.asarray(_power(config.rope.theta, dim)) * stretch[:, None] ** _exponents(dim))
+    beyond = jnp.maximum(length, trained).astype(jnp.float32)[:, None]
+    theta = config.rope.theta * (factor * beyond / trained - (factor - 1)) ** (dim / (dim - 2))
+    short = 1 / _power(config.rope.theta, dim)
+    return jnp.where(length[:, None] > trained, 1 / theta ** _exponents(dim), short)
 
 
 def _llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
