@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from vptq_jax.models.config import ModelConfig, RopeConfig
 from vptq_jax.models.decoder import Decoder
 from vptq_jax.models.registry import build
 from vptq_jax.models.rope import inverse_frequencies
+from vptq_jax.models.streamed import StreamedModel
 
 ARCHITECTURES = ("llama", "qwen2")
 """Values of `general.architecture` that are read; Mistral files call themselves llama."""
@@ -54,21 +55,32 @@ def load_gguf(path: str | Path, *, dtype: Any = None, progress: bool = False) ->
         NotImplementedError: an architecture or tokenizer that is not supported.
         ValueError: everything that is wrong with it, gathered before a weight is read.
     """
+    stored, read, total = _open(path, dtype)
+    with progress_bar(total, progress) as advance:
+        model = build(stored.config, StoredSource(read, advance))
+    model.tokenizer = stored.tokenizer
+    return model
+
+
+def stream_gguf(path: str | Path, *, dtype: Any = None) -> StreamedModel:
+    """As `load_gguf`, but every weight is read when it is asked for."""
+    return _open(path, dtype)[0]
+
+
+def _open(path: str | Path, dtype: Any) -> tuple[StreamedModel, Callable[[str], np.ndarray], int]:
+    """The checked file, how a tensor is read, and the bytes of all of them in memory."""
     target = check_dtype(dtype) or np.dtype(np.float32)
     file = GGUFFile(path)
     config = gguf_config(file)
     names = {hugging_face_name(name): name for name in file.tensors if name != _ROPE_FACTORS}
     raise_problems(f"{path} does not fit its metadata", _tensor_problems(config, file, names))
-    tokenizer = gguf_tokenizer(file.metadata)
 
     def read(name: str) -> np.ndarray:
         return file.read(names[name], target, _row_positions(name, config, file))
 
+    config = dataclasses.replace(config, dtype=target.name)
     total = sum(int(np.prod(tensor.shape)) for tensor in file.tensors.values()) * target.itemsize
-    with progress_bar(total, progress) as advance:
-        model = build(dataclasses.replace(config, dtype=target.name), StoredSource(read, advance))
-    model.tokenizer = tokenizer
-    return model
+    return StreamedModel(config, StoredSource(read), gguf_tokenizer(file.metadata)), read, total
 
 
 def hugging_face_name(name: str) -> str:

@@ -16,6 +16,7 @@ from vptq_jax.convert.tokenizer import load_tokenizer
 from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.decoder import Decoder
 from vptq_jax.models.registry import build
+from vptq_jax.models.streamed import StreamedModel
 
 # Buffers that older versions of transformers saved; every model computes them anew.
 _HARMLESS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -71,6 +72,20 @@ def load_hf(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False
     return finish(model, stored.directory)
 
 
+def stream_hf(path_or_id: str | Path, *, dtype: Any = None) -> StreamedModel:
+    """As `load_hf`, but every weight is read when it is asked for."""
+    target = check_dtype(dtype)
+    stored = open_hf(path_or_id)
+    generation_config = _generation_config(stored.directory)
+    name = target.name if target is not None else stored.files["model.norm.weight"].dtype.name
+    return StreamedModel(
+        dataclasses.replace(with_stop_tokens(stored.config, generation_config), dtype=name),
+        StoredSource(lambda name: stored.files.read(name, target)),
+        load_tokenizer(stored.directory),
+        generation_config,
+    )
+
+
 def quantization_method(raw: Mapping[str, Any]) -> str | None:
     """The `quant_method` that a config.json names, None for a plain checkpoint."""
     section = raw.get("quantization_config")
@@ -116,11 +131,15 @@ def is_harmless(name: str, config: ModelConfig) -> bool:
 def finish(model: Decoder, directory: Path) -> Decoder:
     """Gives a model the tokenizer and generation config that lie beside its weights."""
     model.tokenizer = load_tokenizer(directory)
-    if (directory / "generation_config.json").is_file():
-        model.generation_config = read_json(directory / "generation_config.json")
+    model.generation_config = _generation_config(directory)
     model.config = with_stop_tokens(model.config, model.generation_config)
     model.config = dataclasses.replace(model.config, dtype=str(model.dtype))
     return model
+
+
+def _generation_config(directory: Path) -> dict[str, Any] | None:
+    file = directory / "generation_config.json"
+    return read_json(file) if file.is_file() else None
 
 
 def with_stop_tokens(config: ModelConfig, generation_config: Mapping[str, Any] | None) -> ModelConfig:

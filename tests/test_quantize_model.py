@@ -452,3 +452,31 @@ def test_run_record_is_readable(model, hessians, tmp_path):
     assert record["config"]["spec"] == "v4-k16"
     assert record["config"]["rules"] == [["down", None]]
     assert VQSpec.parse(record["config"]["spec"]) == VQSpec(4, 16)
+
+
+def test_stored_checkpoints_are_streamed(tiny_hf, tmp_path):
+    from vptq_jax.load import load, open_streamed
+
+    rules = [("layers.1.self_attn.o_proj", "v4-k16")]
+    batches = [np.arange(64).reshape(2, 32)]
+    loaded, _ = quantize(load(tiny_hf), config(None, rules=rules), batches, progress=False)
+    stored = open_streamed(tiny_hf)
+    streamed, _ = quantize(stored, config(None, rules=rules), batches, progress=False)
+    assert_same(arrays(streamed), arrays(loaded))
+    np.testing.assert_array_equal(streamed(batches[0]), loaded(batches[0]))
+    assert streamed.tokenizer.encode("the fox") == loaded.tokenizer.encode("the fox")
+    assert streamed.config == loaded.config
+    assert streamed.generation_config == loaded.generation_config
+    with pytest.raises(FileNotFoundError):
+        open_streamed(tmp_path)
+
+
+def test_gguf_is_streamed(smollm2_gguf):
+    from vptq_jax.load import open_streamed
+
+    stored = open_streamed(smollm2_gguf)
+    assert stored.config.num_layers == 30
+    assert stored.tokenizer is not None
+    weight = stored.source.linear("model.layers.29.self_attn.k_proj", 192, 576, bias=False).weight[...]
+    assert weight.shape == (192, 576)
+    assert np.isfinite(weight).all()

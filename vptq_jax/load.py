@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vptq_jax.models.decoder import Decoder
+from vptq_jax.models.streamed import StreamedModel
 
 Kind = Literal["orbax", "hf", "hf-vptq", "gguf"]
 
@@ -78,3 +79,26 @@ def load(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False) -
     from vptq_jax.convert.vptq_format import load_vptq
 
     return load_vptq(path, dtype=dtype, progress=progress)
+
+
+def open_streamed(path_or_id: str | Path, *, dtype: Any = None) -> StreamedModel:
+    """A plain checkpoint (Hugging Face or GGUF) whose weights are read one by one as `quantize` asks for them.
+
+    Args:
+        path_or_id: see `load`.
+        dtype: dtype of the parameters; None keeps the stored one (GGUF: float32).
+
+    Raises:
+        FileNotFoundError, NotImplementedError, ValueError: see `load`; ValueError also for a checkpoint that is
+            quantized or saved by vptq_jax.
+    """
+    kind, path = recognize(path_or_id)
+    if kind == "gguf":
+        from vptq_jax.convert.gguf import stream_gguf
+
+        return stream_gguf(path, dtype=dtype)
+    if kind == "hf":
+        from vptq_jax.convert.hf import stream_hf
+
+        return stream_hf(path, dtype=dtype)
+    raise ValueError(f"{path} is of kind {kind!r}, which cannot be streamed; expected a plain Hugging Face or GGUF model")

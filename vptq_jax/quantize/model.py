@@ -26,6 +26,7 @@ from vptq_jax.models.decoder import Block, Decoder
 from vptq_jax.models.linear import Linear, VQLinear
 from vptq_jax.models.params import AbstractSource, ParamSource
 from vptq_jax.models.registry import build
+from vptq_jax.models.streamed import StreamedModel
 from vptq_jax.quantize.activations import check_batches, hessian_key
 from vptq_jax.quantize.calibration import Calibration, GivenHessians, RunningCalibration
 from vptq_jax.quantize.fingerprint import array_digest
@@ -37,21 +38,6 @@ from vptq_jax.report import QuantReport, peak_memory
 from vptq_jax.spec import QuantConfig, VQSpec
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamedModel:
-    """A model whose weights stay in storage until they are asked for.
-
-    Attributes:
-        config: the model's facts.
-        source: reads one tensor at a time; may be asked for any of them, in any order, repeatedly.
-        tokenizer: goes along to the quantized model.
-    """
-
-    config: ModelConfig
-    source: ParamSource
-    tokenizer: Any = None
 
 
 def quantize(
@@ -175,7 +161,7 @@ class _Shell:
                 raise ValueError(f"the model is quantized already ({quantized[0]} is); give the one it was made from")
         else:
             self.model = build(given.config, _WithoutBlocks(given.source))
-            self.model.tokenizer = given.tokenizer
+            self.model.tokenizer, self.model.generation_config = given.tokenizer, given.generation_config
 
     def dense_block(self, layer: int) -> Block:
         """A block that may be changed; read from storage, if that is where the weights are."""
