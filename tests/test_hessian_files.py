@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vptq_jax.convert.hessian_files import load_hessian_files
-from vptq_jax.quantize.hessian import Hessians
+from vptq_jax.quantize.hessian import Hessians, load_hessians
 
 torch = pytest.importorskip("torch")
 
@@ -53,9 +53,7 @@ def test_hessian_is_the_regularized_second_moment(tmp_path):
 
 
 def test_saved_as_safetensors_and_read_again(directory, tmp_path):
-    from vptq_jax.quantize.hessian import load_hessians
-
-    hessians = load_hessian_files(directory)
+    hessians = load_hessians(directory)
     hessians.save(tmp_path / "out")
     again = load_hessians(tmp_path / "out")
     for path in hessians:

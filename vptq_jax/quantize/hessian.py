@@ -156,14 +156,19 @@ def _blend(old: np.ndarray, new: np.ndarray, share: float) -> np.ndarray:
 
 
 def load_hessians(directory: str | os.PathLike[str]) -> Hessians:
-    """Reads what `Hessians.save` wrote; each H is read from its file when it is asked for.
+    """Reads what `Hessians.save` wrote, or the community's `.pt` files; each H is read when it is asked for.
 
     Raises:
         FileNotFoundError: there is no such directory, or it holds no Hessians.
+        ImportError: the files are `.pt` files and PyTorch is not installed.
         ValueError: a file is damaged, missing, or belongs to another collection.
     """
     directory = Path(directory)
     files = sorted(directory.glob("*.safetensors"))
+    if not files and any(directory.glob("*_qkv.pt")):
+        from vptq_jax.convert.hessian_files import load_hessian_files
+
+        return load_hessian_files(directory)
     if not files:
         raise FileNotFoundError(
             f"no Hessians in {directory}: expected *.safetensors files as Hessians.save writes them"
