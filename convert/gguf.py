@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from vptq_jax.convert.gguf_reader import GGUFFile
-from vptq_jax.convert.hf import progress_bar
-from vptq_jax.convert.source import Plan, StoredSource, check_dtype, raise_problems
+from vptq_jax.convert.hf import nonfinite_problems, progress_bar
+from vptq_jax.convert.problems import raise_problems
+from vptq_jax.convert.source import HeaderSource, Plan, StoredSource, check_dtype
 from vptq_jax.convert.tokenizer import gguf_tokenizer
 from vptq_jax.models.config import ModelConfig, RopeConfig
 from vptq_jax.models.decoder import Decoder

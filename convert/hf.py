@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vptq_jax.convert.files import read_json, resolve_directory
-from vptq_jax.convert.safetensors_reader import SafetensorsFiles
-from vptq_jax.convert.source import FLOATS, Plan, StoredSource, check_dtype, raise_problems
+from vptq_jax.convert.problems import raise_problems
+from vptq_jax.convert.safetensors_reader import SafetensorsFiles, find_nonfinite
+from vptq_jax.convert.source import FLOATS, HeaderSource, Plan, StoredSource, check_dtype
 from vptq_jax.convert.tokenizer import load_tokenizer
 from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.decoder import Decoder
@@ -30,6 +33,15 @@ class PlainCheckpoint:
     config: ModelConfig
     files: SafetensorsFiles
     plan: Plan
+
+    def abstract(self) -> Decoder:
+        """The model with shapes in place of arrays."""
+        return build(self.config, HeaderSource(lambda name: self.files[name].dtype))
+
+    def content_problems(self) -> Iterator[str]:
+        """NaN and infinite weights; reads one tensor at a time and keeps none."""
+        for name in self.plan.shapes:
+            yield from nonfinite_problems(name, self.files.read(name))
 
 
 def open_hf(path_or_id: str | Path) -> PlainCheckpoint:
@@ -149,6 +161,13 @@ def with_stop_tokens(config: ModelConfig, generation_config: Mapping[str, Any] |
     if not all(isinstance(stop, int) and 0 <= stop < config.vocab_size for stop in stops):
         return config
     return dataclasses.replace(config, eos_token_id=tuple(stops))
+
+
+def nonfinite_problems(name: str, array: np.ndarray) -> Iterator[str]:
+    """One line if an array holds NaN or infinite values."""
+    position = find_nonfinite(array)
+    if position is not None:
+        yield f"{name} holds {array.reshape(-1)[position]} at entry {position}; expected finite numbers"
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from vptq_jax.convert.files import parse_json, read_json
+from vptq_jax.convert.problems import raise_problems
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit that the safetensors format itself sets."""
@@ -95,8 +96,7 @@ class SafetensorsFiles:
                 self.tensors[name] = info
         if weight_map is not None and not problems:
             problems = _index_problems(weight_map, self.tensors)
-        if problems:
-            raise ValueError(f"{self.path} cannot be read:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise_problems(f"{self.path} cannot be read", problems)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -282,8 +282,7 @@ def _read_index(path: Path) -> dict[str, str]:
             problems.append(f"shard {_short(name)} is not a plain file name in the directory")
         elif not (path / name).is_file():
             problems.append(f"shard {name!r} is missing")
-    if problems:
-        raise ValueError(f"{path / INDEX_FILE} cannot be used:\n" + "\n".join(f"  {problem}" for problem in problems))
+    raise_problems(f"{path / INDEX_FILE} cannot be used", problems)
     return weight_map
 
 

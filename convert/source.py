@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,8 +18,6 @@ from vptq_jax.models.registry import build
 
 FLOATS = ("float32", "float16", "bfloat16")
 """dtypes of weights, as NumPy names them."""
-
-_MAX_SHOWN = 20
 
 
 class Plan(AbstractSource):
@@ -40,6 +38,18 @@ class Plan(AbstractSource):
         """See `ParamSource.linear`."""
         self.linears[name] = (out_features, in_features, bias)
         return super().linear(name, out_features, in_features, bias=bias)
+
+
+class HeaderSource(AbstractSource):
+    """Shapes as the model asks for them, dtypes as the file stores them."""
+
+    def __init__(self, dtype_of: Callable[[str], Any]):
+        super().__init__()
+        self._dtype_of = dtype_of
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        """See `ParamSource.tensor`."""
+        return jax.ShapeDtypeStruct(shape, self._dtype_of(name))
 
 
 class StoredSource(DenseSource):
@@ -91,18 +101,6 @@ def to_device(name: str, array: np.ndarray) -> Array:
             "The file is damaged, or the dtype asked for is too narrow"
         )
     return jax.device_put(array)
-
-
-def raise_problems(what: str, problems: Iterable[str]) -> None:
-    """Raises one ValueError that lists all problems (the first twenty in full); returns if there are none."""
-    problems = list(problems)
-    if not problems:
-        return
-    shown = [f"  {problem}" for problem in problems[:_MAX_SHOWN]]
-    if len(problems) > _MAX_SHOWN:
-        shown.append(f"  ... and {len(problems) - _MAX_SHOWN} more")
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    raise ValueError(f"{what}: {count}\n" + "\n".join(shown))
 
 
 def check_dtype(dtype: Any) -> np.dtype | None:

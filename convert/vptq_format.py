@@ -19,13 +19,15 @@ from vptq_jax.convert.files import read_json, resolve_directory
 from vptq_jax.convert.hf import (
     finish,
     is_harmless,
+    nonfinite_problems,
     progress_bar,
     quantization_method,
     read_config,
     tensor_problems,
 )
-from vptq_jax.convert.safetensors_reader import SafetensorsFiles, find_nonfinite
-from vptq_jax.convert.source import FLOATS, Plan, StoredSource, check_dtype, raise_problems, to_device
+from vptq_jax.convert.problems import raise_problems
+from vptq_jax.convert.safetensors_reader import SafetensorsFiles
+from vptq_jax.convert.source import FLOATS, HeaderSource, Plan, StoredSource, check_dtype, to_device
 from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.decoder import Decoder
 from vptq_jax.models.linear import Linear, VQLinear
@@ -111,6 +113,10 @@ class VPTQCheckpoint:
     files: SafetensorsFiles
     plan: Plan
     layers: dict[str, StoredLayer]
+
+    def abstract(self) -> Decoder:
+        """The model with shapes in place of arrays."""
+        return build(self.config, _AbstractVPTQSource(self))
 
 
 def load_vptq(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False) -> Decoder:
@@ -246,13 +252,13 @@ def content_problems(stored: VPTQCheckpoint, *, everything: bool = False) -> Ite
         layer = small.get(name)
         if layer is None:
             if everything and stored.files[name].dtype.name in FLOATS:
-                yield from _nonfinite(name, stored.files.read(name))
+                yield from nonfinite_problems(name, stored.files.read(name))
         elif name.endswith(".perm"):
             yield from _perm_problems(name, stored.files.read(name), layer.layout.in_features)
         elif name.endswith(".outlier_indices"):
             yield from _range_problems(name, stored.files.read(name), layer.layout.num_outlier_centroids)
         elif not name.endswith("indices"):
-            yield from _nonfinite(name, stored.files.read(name))
+            yield from nonfinite_problems(name, stored.files.read(name))
         elif not layer.packed:
             residual = name.endswith(_RES_INDICES)
             size = layer.layout.num_res_centroids if residual else layer.layout.num_centroids
@@ -287,7 +293,7 @@ class _VPTQSource(StoredSource):
             weight = VQArray(indices=indices, layout=layer.layout, **fields)
         else:
             weight = self._pack(path, layer, fields)
-        return _swap(weight) if layer.swapped else weight
+        return swap_codebooks(weight) if layer.swapped else weight
 
     def _read_field(self, path: str, field: str) -> np.ndarray:
         name = f"{path}.{TENSORS[field]}"
@@ -308,16 +314,41 @@ class _VPTQSource(StoredSource):
         return VQArray.from_indices(layer.layout, main, residual, **fields)
 
 
-def _swap(weight: VQArray) -> VQArray:
+class _AbstractVPTQSource(HeaderSource):
+    """As `_VPTQSource`, with shapes in place of arrays."""
+
+    def __init__(self, stored: VPTQCheckpoint):
+        super().__init__(lambda name: stored.files[name].dtype)
+        self._stored = stored
+
+    def linear(self, name: str, out_features: int, in_features: int, *, bias: bool) -> Linear | VQLinear:
+        """See `ParamSource.linear`."""
+        layer = self._stored.layers.get(name)
+        if layer is None:
+            return super().linear(name, out_features, in_features, bias=bias)
+        layout = swapped_layout(layer.layout) if layer.swapped else layer.layout
+        dtypes = {"indices": np.uint32, "outlier_indices": np.uint16, "perm": np.int32}
+        shapes = expected_shapes(layout, normalize=layer.normalize, permute=layer.permute)
+        fields: dict[str, Any] = dict.fromkeys(shapes)
+        for field, shape in shapes.items():
+            if shape is not None:
+                dtype = dtypes.get(field) or self._stored.files[f"{name}.{TENSORS[field]}"].dtype
+                fields[field] = jax.ShapeDtypeStruct(shape, dtype)
+        weight = VQArray(**fields, layout=layout)
+        return VQLinear(weight, self.tensor(f"{name}.bias", (out_features,)) if bias else None)
+
+
+def swapped_layout(layout: VQLayout) -> VQLayout:
+    """The layout with the sizes of main and residual codebook exchanged."""
+    return dataclasses.replace(layout, num_centroids=layout.num_res_centroids, num_res_centroids=layout.num_centroids)
+
+
+def swap_codebooks(weight: VQArray) -> VQArray:
     """The same weight with main and residual codebook exchanged: their sum does not change."""
     main, residual = weight.unpack()
     assert residual is not None
     assert weight.res_codebook is not None
-    layout = dataclasses.replace(
-        weight.layout,
-        num_centroids=weight.layout.num_res_centroids,
-        num_res_centroids=weight.layout.num_centroids,
-    )
+    layout = swapped_layout(weight.layout)
     packed = pack_indices(residual, main, layout.index_bits, layout.res_index_bits)
     return dataclasses.replace(
         weight, indices=packed, codebook=weight.res_codebook, res_codebook=weight.codebook, layout=layout
@@ -366,12 +397,6 @@ def _dtypes_of(name: str, layer: StoredLayer) -> tuple[str, ...]:
     if name == "indices" and layer.packed:
         return ("int32", "uint32")
     return _INDEX_DTYPES if name.endswith("indices") else FLOATS
-
-
-def _nonfinite(name: str, array: np.ndarray) -> Iterator[str]:
-    position = find_nonfinite(array)
-    if position is not None:
-        yield f"{name} holds {array.reshape(-1)[position]} at entry {position}; expected finite numbers"
 
 
 def _perm_problems(name: str, array: np.ndarray, count: int) -> Iterator[str]:

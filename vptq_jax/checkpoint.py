@@ -13,6 +13,7 @@ It is written under a temporary name and renamed, so it exists completely or not
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import zlib
@@ -27,7 +28,8 @@ from jaxtyping import Array
 
 from vptq_jax.array import VQArray, expected_shapes
 from vptq_jax.convert.files import read_json
-from vptq_jax.convert.source import quantized_layers, raise_problems
+from vptq_jax.convert.problems import raise_problems
+from vptq_jax.convert.source import quantized_layers
 from vptq_jax.convert.tokenizer import load_tokenizer
 from vptq_jax.files import new_directory
 from vptq_jax.models.config import ModelConfig, RopeConfig
@@ -99,22 +101,29 @@ def load(path: str | Path, *, sharding: Shardings | None = None, verify: bool = 
     """
     path = Path(path)
     manifest = _read_manifest(path)
-    _check_files(path, manifest, verify)
-    try:
-        abstract = build(_config_from(manifest["config"]), _ManifestSource(manifest))
-        leaves, structure = _leaves(abstract)
-        raise_problems(f"{path / MANIFEST} disagrees with itself", _array_problems(leaves, manifest["arrays"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error})") from error
-    stored = {
-        name: _abstract_array(name, dtype, shape, sharding) for name, (dtype, shape) in manifest["arrays"].items()
-    }
-    arrays = _read_arrays(path / _ARRAYS, stored)
-    restored = [_restored(name, arrays[name]) for name in leaves]
-    model = nnx.merge(nnx.graphdef(abstract), jax.tree.unflatten(structure, restored))
+    raise_problems(f"{path} is damaged", file_problems(path, verify=verify))
+    shell, names, structure = _shell(path, manifest)
+    arrays = _read_arrays(path / _ARRAYS, _abstract_arrays(manifest, sharding))
+    restored = [_restored(name, arrays[name]) for name in names]
+    model = nnx.merge(nnx.graphdef(shell), jax.tree.unflatten(structure, restored))
     model.tokenizer = load_tokenizer(path / _TOKENIZER)
     model.generation_config = manifest.get("generation_config")
     return model
+
+
+def abstract(path: str | Path) -> Decoder:
+    """The model of a checkpoint with shapes in place of arrays; reads nothing but the manifest.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: a newer format, or a damaged manifest.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path)
+    shell, names, structure = _shell(path, manifest)
+    arrays = _abstract_arrays(manifest, None)
+    restored = [jax.eval_shape(functools.partial(_restored, name), arrays[name]) for name in names]
+    return nnx.merge(nnx.graphdef(shell), jax.tree.unflatten(structure, restored))
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -127,14 +136,19 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return _read_manifest(Path(path))["metadata"]
 
 
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """Everything about a checkpoint but its arrays: config, layers, arrays, files, metadata.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: a newer format, or a damaged one.
-    """
-    return _read_manifest(Path(path))
+def file_problems(path: str | Path, *, verify: bool = True) -> Iterator[str]:
+    """Files of a checkpoint that are missing, of another size or, with `verify`, of other contents than saved."""
+    path = Path(path)
+    for name, (size, crc) in _read_manifest(path)["files"].items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            yield f"{name} lies outside the checkpoint"
+        elif not file.is_file():
+            yield f"{name} is missing"
+        elif file.stat().st_size != size:
+            yield f"{name} has {file.stat().st_size} bytes; expected {size} (truncated?)"
+        elif verify and _crc(file) != crc:
+            yield f"{name} has changed since it was saved (its CRC-32 differs)"
 
 
 def _is_empty_directory(path: Path) -> bool:
@@ -207,6 +221,17 @@ class _ManifestSource(AbstractSource):
         )
 
 
+def _shell(path: Path, manifest: Mapping[str, Any]) -> tuple[Decoder, list[str], Any]:
+    """The model without arrays, and the names and the tree structure of its arrays."""
+    try:
+        shell = build(_config_from(manifest["config"]), _ManifestSource(manifest))
+        leaves, structure = _leaves(shell)
+        raise_problems(f"{path / MANIFEST} disagrees with itself", _array_problems(leaves, manifest["arrays"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error})") from error
+    return shell, list(leaves), structure
+
+
 def _array_problems(expected: Mapping[str, Any], recorded: Mapping[str, Any]) -> Iterator[str]:
     for name in expected.keys() | recorded.keys():
         found = list(recorded[name][1]) if name in recorded else None
@@ -215,12 +240,15 @@ def _array_problems(expected: Mapping[str, Any], recorded: Mapping[str, Any]) ->
             yield f"array {name} has shape {found}; the config and layouts ask for {wanted}"
 
 
-def _abstract_array(name: str, dtype: str, shape: list[int], sharding: Shardings | None) -> jax.ShapeDtypeStruct:
-    array = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+def _abstract_arrays(manifest: Mapping[str, Any], sharding: Shardings | None) -> dict[str, jax.ShapeDtypeStruct]:
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    place = sharding if isinstance(sharding, jax.sharding.Sharding) else sharding(name, array)
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+    arrays = {}
+    for name, (dtype, shape) in manifest["arrays"].items():
+        array = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+        place = sharding if isinstance(sharding, jax.sharding.Sharding) else sharding(name, array)
+        arrays[name] = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+    return arrays
 
 
 def _write_arrays(path: Path, arrays: dict[str, Array]) -> None:
@@ -269,18 +297,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if not isinstance(manifest.get(key), dict):
             raise ValueError(f"{path / MANIFEST} is damaged: {key} is missing or no object")
     return manifest
-
-
-def _check_files(path: Path, manifest: Mapping[str, Any], verify: bool) -> None:
-    problems = []
-    for name, (size, crc) in manifest["files"].items():
-        file = path / name
-        if not file.resolve().is_relative_to(path.resolve()):
-            problems.append(f"{name} lies outside the checkpoint")
-        elif not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != size:
-            problems.append(f"{name} has {file.stat().st_size} bytes; expected {size} (truncated?)")
-        elif verify and _crc(file) != crc:
-            problems.append(f"{name} has changed since it was saved (its CRC-32 differs)")
-    raise_problems(f"{path} is damaged", problems)

@@ -1,0 +1,224 @@
+"""`convert`: from any kind of checkpoint to one of three kinds, or a dry run that says what would happen."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+
+from vptq_jax import checkpoint
+from vptq_jax.convert.export import MAX_SHARD_BYTES, ExportPlan, check_destination, export, plan_hf, plan_vptq
+from vptq_jax.convert.gguf import open_gguf
+from vptq_jax.convert.hf import open_hf
+from vptq_jax.convert.inspect import facts
+from vptq_jax.convert.problems import CheckpointError
+from vptq_jax.convert.source import all_linears, check_dtype, quantized_layers
+from vptq_jax.convert.tokenizer import gguf_tokenizer, load_tokenizer
+from vptq_jax.convert.vptq_format import content_problems, open_vptq
+from vptq_jax.load import Kind, load, recognize
+from vptq_jax.models.decoder import Decoder
+
+Target = Literal["orbax", "hf-vptq", "hf"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did, or what a dry run found.
+
+    Attributes:
+        source, kind: where the model came from, and as what it was recognised.
+        destination, to: where it goes, and as what.
+        written: whether anything was written.
+        problems: why it cannot be converted; empty when it can.
+        notes: what changes on the way without loss.
+        model_type: such as `llama`; None when the source cannot be understood.
+        quantized_layers, dense_layers: linear layers in VPTQ form, and all others.
+        weights: of all linear layers, embedding table and `lm_head`.
+        bits_nominal, bits_total: per decoder weight in the source: indices alone, and everything stored.
+        bytes: of the arrays that are (or would be) written.
+        files: weight files written.
+        seconds: it took.
+        peak_memory: highest resident memory of this process so far, in bytes.
+    """
+
+    source: str
+    kind: Kind | None
+    destination: str
+    to: Target
+    written: bool
+    problems: list[str]
+    notes: list[str]
+    model_type: str | None
+    quantized_layers: int
+    dense_layers: int
+    weights: int
+    bits_nominal: float
+    bits_total: float
+    bytes: int
+    files: list[str]
+    seconds: float
+    peak_memory: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no problems."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: Target = "orbax",
+    check: bool = False,
+    dtype: Any = None,
+    overwrite: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: bool = False,
+) -> ConvertReport:
+    """Converts a checkpoint.
+
+    Args:
+        src: anything that `load` opens.
+        dst: the new directory.
+        to: `orbax` (this library's own), `hf-vptq` (the community's format) or `hf` (plain, dequantized).
+        check: write nothing; read everything and report every problem found.
+        dtype: of the parameters; None keeps the stored ones. With `hf-vptq`, of the dense layers only.
+        overwrite: replace an earlier model at `dst`.
+        metadata: added to what the source's own metadata says; goes into the checkpoint or model card.
+        max_shard_bytes: size above which weight files are split.
+        progress: show bars.
+
+    Raises:
+        FileExistsError, FileNotFoundError, NotImplementedError, OSError, ValueError: the source is
+            unusable, the format cannot express it, or the destination cannot be written. With
+            `check` only for arguments out of range; the rest is in the report.
+    """
+    start = time.perf_counter()
+    if to not in get_args(Target):
+        raise ValueError(f"to is {to!r}; expected one of {', '.join(get_args(Target))}")
+    check_dtype(dtype)
+    src_text, dst = str(src), Path(dst)
+    if check:
+        kind, model, problems = _examine(src_text)
+        problems += _destination_problems(src_text, dst, to, overwrite)
+        plan = None if model is None else _plan(model, to, dtype)
+        problems += plan.problems if plan else []
+        files: list[str] = []
+    else:
+        for problem in _destination_problems(src_text, dst, to, overwrite):
+            raise FileExistsError(problem)
+        kind, path = recognize(src_text)
+        problems = []
+        model = load(path, dtype=None if kind == "orbax" or to == "hf" else dtype, progress=progress)
+        plan = _plan(model, to, dtype)
+        known = (checkpoint.read_metadata(path) if kind == "orbax" else {}) | dict(metadata or {})
+        if plan is None:
+            checkpoint.save(model, dst, overwrite=overwrite, metadata=known)
+            files = [str(file.relative_to(dst)) for file in sorted(dst.rglob("*")) if file.is_file()]
+        else:
+            files = export(
+                model, dst, plan, overwrite=overwrite, metadata=known, max_shard_bytes=max_shard_bytes,
+                progress=progress,
+            )  # fmt: skip
+    about = facts(model) if model is not None else {}
+    return ConvertReport(
+        source=src_text,
+        kind=kind,
+        destination=str(dst),
+        to=to,
+        written=not check,
+        problems=problems,
+        notes=plan.notes if plan else [],
+        model_type=about.get("model_type"),
+        quantized_layers=len(quantized_layers(model)) if model is not None else 0,
+        dense_layers=len(all_linears(model)) - len(quantized_layers(model)) if model is not None else 0,
+        weights=about.get("weights", 0),
+        bits_nominal=about.get("bits_nominal", 0.0),
+        bits_total=about.get("bits_total", 0.0),
+        bytes=plan.nbytes if plan else _nbytes(model) if model is not None else 0,
+        files=files,
+        seconds=time.perf_counter() - start,
+        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def _plan(model: Decoder, to: Target, dtype: Any) -> ExportPlan | None:
+    if to == "orbax":
+        return None
+    return plan_vptq(model) if to == "hf-vptq" else plan_hf(model, dtype)
+
+
+def _examine(src: str) -> tuple[Kind | None, Decoder | None, list[str]]:
+    """Everything that can be found wrong with a source, reading one tensor at a time; the model without arrays."""
+    kind: Kind | None = None
+    problems: list[str] = []
+    model: Decoder | None = None
+    try:
+        kind, path = recognize(src)
+        model = _abstract(kind, path, problems)
+    except CheckpointError as error:
+        problems += error.problems
+    except (OSError, ValueError, NotImplementedError, ImportError) as error:
+        problems.append(str(error))
+    return kind, model, problems
+
+
+def _abstract(kind: Kind, path: Path, problems: list[str]) -> Decoder:
+    if kind == "orbax":
+        model = checkpoint.abstract(path)
+        problems += checkpoint.file_problems(path)
+    elif kind == "gguf":
+        gguf = open_gguf(path)
+        model = gguf.abstract()
+        problems += gguf.content_problems()
+        _collect(problems, lambda: gguf_tokenizer(gguf.file.metadata))
+    elif kind == "hf":
+        plain = open_hf(path)
+        model = plain.abstract()
+        problems += plain.content_problems()
+        _collect(problems, lambda: load_tokenizer(path))
+    else:
+        stored = open_vptq(path)
+        model = stored.abstract()
+        problems += content_problems(stored, everything=True)
+        _collect(problems, lambda: load_tokenizer(path))
+    return model
+
+
+def _collect(problems: list[str], action: Any) -> None:
+    try:
+        action()
+    except (ValueError, NotImplementedError) as error:
+        problems.append(str(error))
+
+
+def _destination_problems(src: str, dst: Path, to: Target, overwrite: bool) -> Iterator[str]:
+    if Path(src).exists() and dst.exists() and Path(src).resolve() == dst.resolve():
+        yield f"{dst} is the source itself; choose another directory"
+    elif dst.is_file():
+        yield f"{dst} is a file; choose a directory that does not exist"
+    elif to == "orbax":
+        if dst.exists() and any(dst.iterdir()) and not (overwrite and checkpoint.is_checkpoint(dst)):
+            yield f"{dst} already holds something; choose another directory, or overwrite an earlier checkpoint"
+    else:
+        try:
+            check_destination(dst, overwrite=overwrite)
+        except FileExistsError as error:
+            yield str(error)
+
+
+def _nbytes(model: Decoder) -> int:
+    from flax import nnx
+
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model)))

@@ -1,0 +1,302 @@
+"""Models out: to the community's VPTQ format, and dequantized to plain Hugging Face.
+
+`plan_vptq` and `plan_hf` say what would be written and what stands against it, from shapes alone;
+`export` writes it, one tensor in memory at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from vptq_jax.array import VQArray
+from vptq_jax.convert.hf import progress_bar
+from vptq_jax.convert.model_card import model_card
+from vptq_jax.convert.problems import raise_problems
+from vptq_jax.convert.safetensors_writer import LazyTensor, write_sharded
+from vptq_jax.convert.source import all_linears, check_dtype, quantized_layers
+from vptq_jax.convert.vptq_format import SWAPPED, TENSORS, swap_codebooks
+from vptq_jax.files import new_directory
+from vptq_jax.models.config import ModelConfig
+from vptq_jax.models.decoder import Decoder
+from vptq_jax.models.linear import Linear, VQLinear
+from vptq_jax.spec import VQLayout
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+_TABLE = "model.embed_tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportPlan:
+    """What an export would write.
+
+    Attributes:
+        tensors: in the order of the files.
+        config: the `config.json`.
+        problems: why it cannot be done; empty when it can.
+        notes: what is converted exactly on the way.
+    """
+
+    tensors: dict[str, LazyTensor]
+    config: dict[str, Any]
+    problems: list[str]
+    notes: list[str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def plan_vptq(model: Decoder) -> ExportPlan:
+    """The export of a quantized model to the community's VPTQ format; the model may be abstract."""
+    layers = quantized_layers(model)
+    swapped = [path for path, layer in layers.items() if _needs_swap(layer.layout)]
+    problems = list(_config_problems(model.config))
+    if not layers:
+        problems.append("no layer is quantized; quantize the model first, or export it as 'hf'")
+    for path, layer in layers.items():
+        problems += [f"{path}: {problem}" for problem in _layer_problems(path, layer)]
+    section: dict[str, Any] = {
+        "quant_method": "vptq",
+        "config_for_layers": {path: _layer_config(layer, path in swapped) for path, layer in layers.items()},
+        # transformers quantizes every linear layer that is not named here.
+        "modules_to_not_convert": [path for path in _linear_modules(model) if path not in layers],
+    }
+    notes = []
+    if swapped:
+        section["vptq_jax"] = {SWAPPED: swapped}
+        notes.append(
+            f"{len(swapped)} layers have a residual codebook larger than the main one, which the reference reads "
+            "wrongly; the two are stored in exchanged roles, which leaves every weight unchanged"
+        )
+    tensors = dict(_tensors(model, layers, None, swapped))
+    config = config_json(dataclasses.replace(model.config, dtype=str(model.dtype))) | {"quantization_config": section}
+    return ExportPlan(tensors, config, problems, notes)
+
+
+def plan_hf(model: Decoder, dtype: Any = None) -> ExportPlan:
+    """The export to plain Hugging Face, quantized layers dequantized; the model may be abstract.
+
+    Args:
+        model: plain or quantized.
+        dtype: of all parameters; None means the dtype of the model's activations.
+    """
+    target = check_dtype(dtype) or np.dtype(model.dtype)
+    notes = [f"{len(quantized_layers(model))} quantized layers become dense"] if quantized_layers(model) else []
+    tensors = dict(_tensors(model, {}, target, ()))
+    config = config_json(dataclasses.replace(model.config, dtype=target.name))
+    return ExportPlan(tensors, config, list(_config_problems(model.config)), notes)
+
+
+def export(
+    model: Decoder,
+    path: str | Path,
+    plan: ExportPlan,
+    *,
+    overwrite: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: bool = False,
+) -> list[str]:
+    """Writes a plan of `plan_vptq` or `plan_hf` of this model, with tokenizer, generation config and model card.
+
+    Args:
+        model: the model that was planned.
+        path: the new directory; it exists completely or not at all.
+        plan: what to write.
+        overwrite: replace an earlier Hugging Face directory (nothing else is ever replaced).
+        metadata: what is known about how the model was made; goes into the model card.
+        max_shard_bytes: above this, several files.
+        progress: show a bar.
+
+    Returns:
+        the names of the weight files.
+
+    Raises:
+        FileExistsError: the directory holds something else, or a model and `overwrite` is False.
+        OSError: the directory cannot be written.
+        ValueError: the format cannot express the model, all reasons given; or NaN in a weight.
+    """
+    path = Path(path)
+    raise_problems("the model cannot be exported", plan.problems)
+    check_destination(path, overwrite=overwrite)
+    with new_directory(path, overwrite=overwrite) as temporary, progress_bar(plan.nbytes, progress, "writing") as bar:
+        files = write_sharded(temporary, plan.tensors, max_bytes=max_shard_bytes, progress=bar)
+        _write_json(temporary / "config.json", plan.config)
+        _write_json(temporary / "generation_config.json", _generation_config(model))
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(
+            model_card(model, path.name, plan.config, metadata or {}), encoding="utf-8"
+        )
+    return files
+
+
+def check_destination(path: Path, *, overwrite: bool) -> None:
+    """Makes sure that a Hugging Face directory may be written at a path.
+
+    Raises:
+        FileExistsError: it holds something else, or a model and `overwrite` is False.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / "config.json").is_file():
+        raise FileExistsError(f"{path} holds something that is no Hugging Face model; choose another directory")
+    if not overwrite:
+        raise FileExistsError(f"{path} already holds a model; pass overwrite=True or choose another directory")
+
+
+def config_json(config: ModelConfig) -> dict[str, Any]:
+    """A `config.json` for readers of transformers 5 and, with the older keys beside the newer, of transformers 4."""
+    raw = config.to_hf()
+    rope = raw["rope_parameters"]
+    scaling = None if rope["rope_type"] == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
+    return raw | {"torch_dtype": config.dtype, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+
+
+def _config_problems(config: ModelConfig) -> Iterator[str]:
+    again = ModelConfig.from_hf(config.to_hf())
+    for field in dataclasses.fields(config):
+        mine, theirs = getattr(config, field.name), getattr(again, field.name)
+        if mine != theirs:
+            yield (
+                f"the Hugging Face config of {config.model_type} models cannot say {field.name} = {mine!r} "
+                f"(it would be read as {theirs!r})"
+            )
+
+
+def _layer_problems(path: str, layer: VQLinear) -> Iterator[str]:
+    layout = layer.layout
+    if path == _TABLE:
+        yield "the format has no quantized embedding table; leave it dense, or export as 'hf'"
+    if layout.outlier_size and layout.outlier_vector_len == 1:
+        yield "outlier vectors of length 1 mean 'no outliers' to readers of the format; use length 2 or more"
+    if layer.perm is not None and layout.in_features > 1 << 16:
+        yield f"{layout.in_features} input columns do not fit the format's 16-bit permutation"
+
+
+def _needs_swap(layout: VQLayout) -> bool:
+    return layout.num_res_centroids > layout.num_centroids
+
+
+def _linear_modules(model: Decoder) -> list[str]:
+    modules = [path for path in all_linears(model) if path != _TABLE]
+    return modules if model.lm_head is not None else [*modules, "lm_head"]
+
+
+def _layer_config(layer: VQLinear, swapped: bool) -> dict[str, Any]:
+    layout = layer.layout
+    main, residual = layout.num_centroids, layout.num_res_centroids
+    if swapped:
+        main, residual = residual, main
+    return {
+        "in_features": layout.in_features,
+        "out_features": layout.out_features,
+        "bias": layer.bias is not None,
+        "vector_lens": [layout.outlier_vector_len or -1, layout.vector_len],
+        "num_centroids": [layout.num_outlier_centroids or -1, main],
+        "num_res_centroids": [-1, residual or -1],
+        "group_num": layout.num_groups,
+        "group_size": layout.group_size,
+        "outlier_size": layout.outlier_size,
+        "enable_norm": layer.scale is not None,
+        "enable_perm": layer.perm is not None,
+        "is_indice_packed": True,
+        "indices_as_float": False,
+    }
+
+
+def _tensors(
+    model: Decoder, quantized: Mapping[str, VQLinear], dtype: np.dtype | None, swapped: Any
+) -> Iterator[tuple[str, LazyTensor]]:
+    """Every tensor in the order of the model; layers in `quantized` in VPTQ form, all others dense."""
+    layers = all_linears(model)
+    for path, layer in layers.items():
+        if path.endswith("self_attn.q_proj"):
+            yield from _norms(model, int(path.split(".")[2]), dtype)
+        if path == "lm_head":
+            yield "model.norm.weight", _dense(model.norm.weight, dtype)
+        if path in quantized:
+            yield from _quantized(path, quantized[path], path in swapped)
+        else:
+            yield f"{path}.weight", _weight(layer, dtype)
+        if layer.bias is not None:
+            yield f"{path}.bias", _dense(layer.bias, dtype)
+    if "lm_head" not in layers:
+        yield "model.norm.weight", _dense(model.norm.weight, dtype)
+
+
+def _norms(model: Decoder, index: int, dtype: np.dtype | None) -> Iterator[tuple[str, LazyTensor]]:
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        yield f"model.layers.{index}.{name}.weight", _dense(getattr(model.layers[index], name).weight, dtype)
+
+
+def _dense(variable: Any, dtype: np.dtype | None) -> LazyTensor:
+    target = np.dtype(variable.dtype) if dtype is None else dtype
+    return LazyTensor(tuple(variable.shape), target, lambda: np.asarray(variable[...].astype(target)))
+
+
+def _weight(layer: Linear | VQLinear, dtype: np.dtype | None) -> LazyTensor:
+    if isinstance(layer, Linear):
+        return _dense(layer.weight, dtype)
+    target = np.dtype(layer.codebook.dtype) if dtype is None else dtype
+    return LazyTensor(layer.shape, target, lambda: np.asarray(_dequantize(layer.weight, target)))
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dequantize(weight: VQArray, dtype: Any) -> Array:
+    return weight.dequantize(dtype)
+
+
+_INTEGERS = {"indices": np.int32, "outlier_indices": np.int16, "perm": np.int16}
+_EXCHANGED = {"codebook": "res_codebook", "res_codebook": "codebook"}
+
+
+def _quantized(path: str, layer: VQLinear, swapped: bool) -> Iterator[tuple[str, LazyTensor]]:
+    for field, name in TENSORS.items():
+        source = _EXCHANGED.get(field, field) if swapped else field
+        variable = getattr(layer, source)
+        if variable is None:
+            continue
+        shape, dtype = tuple(variable.shape), np.dtype(_INTEGERS.get(field, variable.dtype))
+        if field in ("codebook", "res_codebook"):
+            shape = (shape[0], shape[1] * shape[2])
+        elif field == "outlier_codebook":
+            shape = (1, shape[0] * shape[1])
+        elif field == "outlier_indices":
+            shape = (1, *shape)
+        read = functools.partial(_read_field, layer, source, shape, swapped)
+        yield f"{path}.{name}", LazyTensor(shape, dtype, read)
+
+
+def _read_field(layer: VQLinear, field: str, shape: tuple[int, ...], swapped: bool) -> np.ndarray:
+    weight = swap_codebooks(layer.weight) if swapped and field == "indices" else layer.weight
+    array = np.asarray(getattr(weight, field))
+    if field == "perm":
+        array = array.astype(np.uint16)  # the format keeps the bits of a uint16 in an int16
+    return (array.view(_INTEGERS[field]) if field in _INTEGERS else array).reshape(shape)
+
+
+def _generation_config(model: Decoder) -> dict[str, Any]:
+    config = model.config
+    stops: Any = list(config.eos_token_id)
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+        "pad_token_id": config.pad_token_id,
+    }
+    return {key: value for key, value in ids.items() if value is not None} | (model.generation_config or {})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
