@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from vptq_jax.quantize import hessian
 from vptq_jax.quantize.activations import Moment, hessian_key
 from vptq_jax.quantize.fingerprint import array_digest
 from vptq_jax.quantize.hessian import Hessians, load_hessians
@@ -15,7 +16,7 @@ from vptq_jax.quantize.hessian import Hessians, load_hessians
 
 def example(fingerprint="model a", tokens=100):
     x = np.random.default_rng(0).normal(size=(100, 6)).astype(np.float32)
-    hessian = x.T @ x / 100
+    second_moment = x.T @ x / 100
     modules = {
         "model.layers.0.self_attn.q_proj": {
             "model.layers.0.self_attn.q_proj": "01",
@@ -23,7 +24,7 @@ def example(fingerprint="model a", tokens=100):
         },
         "model.layers.0.self_attn.o_proj": {"model.layers.0.self_attn.o_proj": "03"},
     }
-    arrays = {key: hessian * (i + 1) for i, key in enumerate(modules)}
+    arrays = {key: second_moment * (i + 1) for i, key in enumerate(modules)}
     return Hessians(arrays, modules, tokens, fingerprint)
 
 
@@ -92,7 +93,7 @@ def test_save_refuses_a_directory_in_use_and_leaves_no_partial_one(tmp_path, mon
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vptq_jax.quantize.hessian.save_file", full_disk)
+    monkeypatch.setattr(hessian, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         example().save(tmp_path / "new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["h"]
