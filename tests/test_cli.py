@@ -195,7 +195,41 @@ def test_chat_remembers_and_ends_at_the_end_of_input(run, quantized, monkeypatch
     assert run("chat", quantized, "--max-new-tokens", "3").code == 0
 
 
+def test_convert_round_trip_through_the_community_format(run, quantized, tmp_path):
+    there = run("convert", quantized, tmp_path / "vptq", "--to", "hf-vptq", "--json")
+    assert json.loads(there.out)["files"] == ["model.safetensors"]
+    assert run("convert", tmp_path / "vptq", tmp_path / "back").code == 0
+    first, last = (json.loads(run("inspect", model, "--json").out) for model in (quantized, tmp_path / "back"))
+    assert first["layers"] == last["layers"]
+    answers = [run("generate", model, "the", "--max-new-tokens", 8).out for model in (quantized, tmp_path / "vptq")]
+    assert answers[0] == answers[1]
+
+
+def test_convert_to_dense(run, quantized, tmp_path):
+    shown = run("convert", quantized, tmp_path / "dense", "--to", "hf", "--dtype", "bfloat16").out
+    assert "note: 14 quantized layers become dense" in shown
+    facts = json.loads(run("inspect", tmp_path / "dense", "--json").out)
+    assert {row["format"] for row in facts["layers"]} == {"bfloat16"}
+
+
+def test_convert_check_writes_nothing(run, quantized, tiny_hf, tmp_path):
+    outcome = run("convert", quantized, tmp_path / "out", "--to", "hf-vptq", "--check")
+    assert outcome.code == 0
+    assert "would be written" in outcome.out
+    outcome = run("convert", tiny_hf, tmp_path / "out", "--to", "hf-vptq", "--check", "--json")
+    assert outcome.code == 1
+    assert "no layer is quantized" in json.loads(outcome.out)["problems"][0]
+    assert list(tmp_path.iterdir()) == []
+
+
 # What does not work
+
+
+def test_convert_that_cannot_be(run, tiny_hf, tmp_path):
+    assert "no layer is quantized" in failure(run("convert", tiny_hf, tmp_path / "out", "--to", "hf-vptq"))
+    assert "--to is 'gguf'; expected one of orbax" in failure(run("convert", tiny_hf, tmp_path / "out", "--to", "gguf"))
+    assert "--dtype is 'int8'" in failure(run("convert", tiny_hf, tmp_path / "out", "--dtype", "int8"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unreadable_specs(run, tiny_hf, tmp_path):
@@ -388,7 +422,7 @@ def raise_version(file: Path) -> bool:
 
 
 def test_interruption_leaves_finished_layers_to_continue_from(run, tiny_hf, quantized, tmp_path, monkeypatch):
-    import vptq_jax.quantize.model as driver
+    from vptq_jax.quantize import model as driver
 
     command = ("quantize", tiny_hf, tmp_path / "out", "--spec", SPEC, *QUICK)
     real, calls = driver.quantize_weight, []

@@ -42,17 +42,26 @@ DtypeOption = Annotated[
 ]
 
 
-def load_model(path: str, dtype: str | None = None) -> Decoder:
-    """The model, with a line about it on standard error."""
+def parse_dtype(text: str | None) -> Any:
+    """The JAX type of a `--dtype`, None for none.
+
+    Raises:
+        ValueError: another type than bfloat16 and float32.
+    """
+    if text not in (None, "bfloat16", "float32"):
+        raise ValueError(f"--dtype is {text!r}; expected bfloat16 or float32")
     import jax.numpy as jnp
 
+    return None if text is None else jnp.dtype(text)
+
+
+def load_model(path: str, dtype: str | None = None) -> Decoder:
+    """The model, with a line about it on standard error while it is read."""
+    target = parse_dtype(dtype)
     from vptq_jax.load import load
 
-    choices = {None: None, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
-    if dtype not in choices:
-        raise ValueError(f"--dtype is {dtype!r}; expected bfloat16 or float32")
     with log.status(f"Loading {path}"):
-        return load(path, dtype=choices[dtype])
+        return load(path, dtype=target)
 
 
 def tokenizer_of(model: Decoder, path: str) -> Any:

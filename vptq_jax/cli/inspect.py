@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from vptq_jax.models.decoder import Decoder
     from vptq_jax.models.linear import Linear, VQLinear
-    from vptq_jax.spec import VQLayout
 
 
 def inspect(
@@ -69,12 +68,13 @@ def describe(model: Decoder) -> dict[str, Any]:
 
 
 def _row(path: str, layer: Linear | VQLinear) -> dict[str, Any]:
+    from vptq_jax.convert.model_card import describe_layout
     from vptq_jax.models.linear import VQLinear
 
     out_features, in_features = layer.shape
     weights = out_features * in_features
     if isinstance(layer, VQLinear):
-        form, nominal, stored = format_of(layer.layout), layer.layout.nominal_bits, layer.weight.nbytes
+        form, nominal, stored = describe_layout(layer.layout), layer.layout.nominal_bits, layer.weight.nbytes
     else:
         form, stored = str(layer.weight.dtype), layer.weight.nbytes
         nominal = 8 * stored / weights
@@ -88,18 +88,6 @@ def _row(path: str, layer: Linear | VQLinear) -> dict[str, Any]:
         "bits_nominal": nominal,
         "bits_total": 8 * stored / weights,
     }
-
-
-def format_of(layout: VQLayout) -> str:
-    """A layout in the words of a spec, with the number of outlier columns instead of their share."""
-    text = f"v{layout.vector_len}-k{layout.num_centroids}"
-    if layout.num_res_centroids:
-        text += f"-{layout.num_res_centroids}"
-    if layout.num_groups > 1:
-        text += f"-g{layout.num_groups}"
-    if layout.outlier_size:
-        text += f", {layout.outlier_size} outliers v{layout.outlier_vector_len}-k{layout.num_outlier_centroids}"
-    return text
 
 
 def _merge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vptq_jax.cli import common
+from vptq_jax.spec import QuantConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from vptq_jax.models.decoder import Decoder
     from vptq_jax.quantize.hessian import Hessians
     from vptq_jax.report import QuantReport
-    from vptq_jax.spec import QuantConfig
 
 
 def quantize(
     model: common.ModelArgument,
-    output: Annotated[Path, typer.Argument(help="New directory for the quantized model.", show_default=False)],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="New directory for the quantized model.", show_default=False)
+    ],
     spec: Annotated[
         str,
         typer.Option(help="Format of every decoder layer, or none: v<length>-k<centroids>[-<residual centroids>]..."),
@@ -50,9 +52,15 @@ def quantize(
             metavar="independent|sequential",
             help="Calibrate every layer on the original model, or each block behind the quantized ones before it.",
         ),
-    ] = "independent",
-    rounds: Annotated[int, typer.Option(help="Rounds of refinement; 0 is the algorithm of the paper.")] = 2,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same files.")] = 0,
+    ] = QuantConfig.mode,
+    compensation: Annotated[
+        float,
+        typer.Option(help="In sequential mode: the share of earlier blocks' error that a block makes good, 0 to 1."),
+    ] = QuantConfig.compensation,
+    rounds: Annotated[
+        int, typer.Option(min=0, help="Rounds of refinement; 0 is the algorithm of the paper.")
+    ] = QuantConfig.rounds,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same files.")] = QuantConfig.seed,
     dtype: common.DtypeOption = None,
     workdir: Annotated[
         Path | None,
@@ -79,10 +87,14 @@ def quantize(
         vptq-jax quantize path/to/model out2 --spec v12-k4096-4096 --hessians saved_hessians
     """
     from vptq_jax import data
-    from vptq_jax.spec import QuantConfig
 
     config = QuantConfig(
-        spec=None if spec == "none" else spec, rules=parse_rules(rule or ()), seed=seed, rounds=rounds, mode=mode
+        spec=None if spec == "none" else spec,
+        rules=parse_rules(rule or ()),
+        seed=seed,
+        rounds=rounds,
+        mode=mode,  # type: ignore[arg-type]  # QuantConfig checks it
+        compensation=compensation,
     )
     if mode == "sequential" and (hessians is not None or save_hessians is not None):
         raise ValueError("--mode sequential collects its own Hessians; leave out --hessians and --save-hessians")
@@ -98,7 +110,8 @@ def quantize(
 
     loaded = common.load_model(model, dtype)
     calibration = _calibration(loaded, model, hessians, save_hessians, (text, samples, length, batch_size), quiet=json)
-    report = _quantize_and_save(loaded, config, calibration, output, workdir, overwrite=overwrite, quiet=json)
+    metadata = {"calibration": f"Hessians of {hessians}" if hessians else f"{text}, windows of {length} tokens"}
+    report = _quantize_and_save(loaded, config, calibration, output, workdir, metadata, overwrite=overwrite, quiet=json)
     if json:
         common.print_json({"model": model, "output": str(output), **report.as_json()})
         return
@@ -159,6 +172,7 @@ def _quantize_and_save(
     calibration: Hessians | list[np.ndarray],
     output: Path,
     workdir: Path,
+    metadata: dict[str, str],
     *,
     overwrite: bool,
     quiet: bool,
@@ -171,7 +185,7 @@ def _quantize_and_save(
     except KeyboardInterrupt:
         common.log.print(f"Finished layers are in {workdir}; the same command continues from there.", highlight=False)
         raise
-    checkpoint.save(quantized, output, overwrite=overwrite, metadata={"quantization": report.as_json()})
+    checkpoint.save(quantized, output, overwrite=overwrite, metadata=metadata | {"quantization": report.as_json()})
     report.save_json(output / "quant_report.json")
     report.plot(output)
     shutil.rmtree(workdir)
