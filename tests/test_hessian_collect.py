@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from vptq_jax.load import load
+from vptq_jax.load import load, open_streamed
 from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.linear import Linear
 from vptq_jax.models.params import RandomSource
@@ -76,6 +76,14 @@ def test_chunks_make_no_difference(model, batches, hessians):
         expected = hessians.for_module(path)
         np.testing.assert_allclose(chunked.for_module(path), expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
     assert chunked.fingerprint == hessians.fingerprint
+
+
+def test_stored_models_are_streamed(tiny_hf, batches, hessians):
+    streamed = collect_hessians(open_streamed(tiny_hf), batches, progress=False)
+    assert streamed.fingerprint == hessians.fingerprint
+    assert streamed.modules == hessians.modules
+    for path in hessians:
+        np.testing.assert_array_equal(streamed.for_module(path), hessians.for_module(path))
 
 
 def test_tied_output_projection_is_the_embedding(batches):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.params import ParamSource
+from vptq_jax.models.decoder import Block, Decoder
+from vptq_jax.models.linear import Linear, VQLinear
+from vptq_jax.models.params import AbstractSource, ParamSource
+from vptq_jax.models.registry import build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,4 +26,34 @@ class StreamedModel:
     config: ModelConfig
     source: ParamSource
     tokenizer: Any = None
-    generation_config: Mapping[str, Any] | None = None
+    generation_config: dict[str, Any] | None = None
+
+    def shell(self) -> Decoder:
+        """The model with embedding, norm and output projection read, and with shapes for blocks."""
+        model = build(self.config, _WithoutBlocks(self.source))
+        model.tokenizer, model.generation_config = self.tokenizer, self.generation_config
+        return model
+
+    def block(self, layer: int) -> Block:
+        """One block, read now."""
+        return Block(self.config, layer, self.source)
+
+
+class _WithoutBlocks(AbstractSource):
+    """A source that leaves decoder blocks abstract, so that building a model does not read them."""
+
+    def __init__(self, source: ParamSource):
+        super().__init__()
+        self._source = source
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Any:
+        """See `ParamSource.tensor`."""
+        if name.startswith("model.layers."):
+            return super().tensor(name, shape)
+        return self._source.tensor(name, shape)
+
+    def linear(self, name: str, out_features: int, in_features: int, *, bias: bool) -> Linear | VQLinear:
+        """See `ParamSource.linear`."""
+        if name.startswith("model.layers."):
+            return super().linear(name, out_features, in_features, bias=bias)
+        return self._source.linear(name, out_features, in_features, bias=bias)

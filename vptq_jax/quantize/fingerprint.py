@@ -59,11 +59,9 @@ def model_fingerprint(config: Mapping[str, Any], weights: Mapping[str, str]) -> 
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def weight_digests(model: Decoder) -> dict[str, str]:
-    """`array_digest` of every tensor of a model; quantized weights count by the values that they stand for."""
+def end_digests(model: Decoder) -> dict[str, str]:
+    """`block_digests` of all that is in no block: embedding, norm and output projection."""
     digests = {"model.norm.weight": array_digest(model.norm.weight[...])}
-    for index, block in enumerate(model.layers):
-        digests |= block_digests(block, f"model.layers.{index}")
     for path, layer in (("model.embed_tokens", model.embed_tokens), ("lm_head", model.lm_head)):
         if layer is not None:
             digests |= layer_digests(layer, path)
@@ -71,7 +69,7 @@ def weight_digests(model: Decoder) -> dict[str, str]:
 
 
 def block_digests(block: Block, name: str) -> dict[str, str]:
-    """`weight_digests` of one block."""
+    """`array_digest` of every tensor of a block; quantized weights count by the values that they stand for."""
     digests = {
         f"{name}.{norm}.weight": array_digest(getattr(block, norm).weight[...])
         for norm in ("input_layernorm", "post_attention_layernorm")
@@ -82,7 +80,7 @@ def block_digests(block: Block, name: str) -> dict[str, str]:
 
 
 def layer_digests(layer: Linear | VQLinear, path: str) -> dict[str, str]:
-    """`weight_digests` of one linear layer."""
+    """`block_digests` of one linear layer."""
     weight = layer.weight.dequantize() if isinstance(layer, VQLinear) else layer.weight[...]
     digests = {f"{path}.weight": array_digest(weight)}
     return digests if layer.bias is None else digests | {f"{path}.bias": array_digest(layer.bias[...])}

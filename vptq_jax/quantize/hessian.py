@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 
 from vptq_jax.files import new_directory
 from vptq_jax.models.decoder import Decoder
+from vptq_jax.models.streamed import StreamedModel
 from vptq_jax.quantize.activations import Activations, check_batches, hessian_key
-from vptq_jax.quantize.fingerprint import model_fingerprint, weight_digests
+from vptq_jax.quantize.fingerprint import block_digests, end_digests, model_fingerprint
 
 
 class Hessians:
@@ -94,7 +95,11 @@ _FORMAT = "hessian-1"
 
 
 def collect_hessians(
-    model: Decoder, batches: Iterable[Int[Array, "B T"]], *, progress: bool = True, chunk_tokens: int = 1 << 18
+    model: Decoder | StreamedModel,
+    batches: Iterable[Int[Array, "B T"]],
+    *,
+    progress: bool = True,
+    chunk_tokens: int = 1 << 18,
 ) -> Hessians:
     """Collects H of every linear layer of a decoder, and of its output projection, in one pass of the model.
 
@@ -102,7 +107,8 @@ def collect_hessians(
     block and the host the hidden states of one chunk, however long the stream is.
 
     Args:
-        model: plain or quantized.
+        model: in memory (plain or quantized) or in storage, from where blocks are read as they are needed, once
+            for each chunk.
         batches: token ids, integer [B, T]; every token counts. Equal shapes share one compiled program.
         progress: show a progress bar.
         chunk_tokens: tokens whose hidden states the host keeps at once.
@@ -113,30 +119,38 @@ def collect_hessians(
     Raises:
         ValueError: there are no batches, an id is outside the vocabulary, or an activation is not finite.
     """
-    head = "model.embed_tokens" if model.lm_head is None else "lm_head"
+    shell = model.shell() if isinstance(model, StreamedModel) else model
+    head = "model.embed_tokens" if shell.lm_head is None else "lm_head"
     means: dict[str, np.ndarray] = {}
+    blocks: dict[str, str] = {}  # digests
     tokens = 0
     count = len(batches) if isinstance(batches, Sized) else None
-    total = None if count is None else count * len(model.layers)
+    total = None if count is None else count * len(shell.layers)
     with tqdm(total=total, desc="Hessians", unit="block", disable=not progress) as bar:
-        for chunk in _chunks(check_batches(batches, model.config.vocab_size), chunk_tokens):
-            activations = Activations(model, chunk)
+        for chunk in _chunks(check_batches(batches, shell.config.vocab_size), chunk_tokens):
+            activations = Activations(shell, chunk)
             share = activations.tokens / (tokens + activations.tokens)
-
-            def merge(found: dict[str, np.ndarray], share: float = share) -> None:
-                for key, mean in found.items():
-                    means[key] = mean if key not in means else _blend(means[key], mean, share)
-
-            for layer, block in enumerate(model.layers):
-                merge(activations.observe(block, f"model.layers.{layer}", advance=True))
+            for layer in range(len(shell.layers)):
+                name = f"model.layers.{layer}"
+                block = model.block(layer) if isinstance(model, StreamedModel) else model.layers[layer]
+                _merge(means, activations.observe(block, name, advance=True), share)
+                if not tokens:
+                    blocks |= block_digests(block, name)
                 bar.update(len(chunk))
-            merge({head: activations.observe_head()})
+            _merge(means, {head: activations.observe_head()}, share)
             tokens += activations.tokens
-    digests = weight_digests(model)
+    digests = blocks | end_digests(shell)
     modules: dict[str, dict[str, str]] = {}
-    for path in (*model.linears(), head):
+    for path in (*shell.linears(), head):
         modules.setdefault(hessian_key(path), {})[path] = digests[f"{path}.weight"]
-    return Hessians(means, modules, tokens, model_fingerprint(model.config.to_hf(), digests))
+    return Hessians(means, modules, tokens, model_fingerprint(shell.config.to_hf(), digests))
+
+
+def _merge(means: dict[str, np.ndarray], found: dict[str, np.ndarray], share: float) -> None:
+    """Takes means over further tokens in; `share` of all tokens are theirs."""
+    for key, new in found.items():
+        old = means.get(key)
+        means[key] = new if old is None else (old * np.float64(1 - share) + new * np.float64(share)).astype(np.float32)
 
 
 def _chunks(batches: Iterable[np.ndarray], tokens: int) -> Iterator[list[np.ndarray]]:
@@ -149,10 +163,6 @@ def _chunks(batches: Iterable[np.ndarray], tokens: int) -> Iterator[list[np.ndar
             chunk = []
     if chunk:
         yield chunk
-
-
-def _blend(old: np.ndarray, new: np.ndarray, share: float) -> np.ndarray:
-    return (old.astype(np.float64) * (1 - share) + new.astype(np.float64) * share).astype(np.float32)
 
 
 def load_hessians(directory: str | os.PathLike[str]) -> Hessians:

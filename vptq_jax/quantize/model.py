@@ -24,8 +24,6 @@ from vptq_jax.convert.source import Plan
 from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.decoder import Block, Decoder
 from vptq_jax.models.linear import Linear, VQLinear
-from vptq_jax.models.params import AbstractSource, ParamSource
-from vptq_jax.models.registry import build
 from vptq_jax.models.streamed import StreamedModel
 from vptq_jax.quantize.activations import check_batches, hessian_key
 from vptq_jax.quantize.calibration import Calibration, GivenHessians, RunningCalibration
@@ -160,14 +158,13 @@ class _Shell:
             if quantized:
                 raise ValueError(f"the model is quantized already ({quantized[0]} is); give the one it was made from")
         else:
-            self.model = build(given.config, _WithoutBlocks(given.source))
-            self.model.tokenizer, self.model.generation_config = given.tokenizer, given.generation_config
+            self.model = given.shell()
 
     def dense_block(self, layer: int) -> Block:
         """A block that may be changed; read from storage, if that is where the weights are."""
         if isinstance(self._given, Decoder):
             return _copy(self._given.layers[layer])
-        return Block(self.config, layer, self._given.source)
+        return self._given.block(layer)
 
     def end(self, path: str) -> Any:
         """The embedding or the output projection (the embedding again, when tied)."""
@@ -194,26 +191,6 @@ class _Shell:
         for path, value in finite.items():
             if not bool(value):
                 raise ValueError(f"{path}.weight holds NaN or infinite values, expected finite ones")
-
-
-class _WithoutBlocks(AbstractSource):
-    """A source that leaves decoder blocks abstract, so that building a model does not load them."""
-
-    def __init__(self, source: ParamSource):
-        super().__init__()
-        self._source = source
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Any:
-        """See `ParamSource.tensor`."""
-        if name.startswith("model.layers."):
-            return super().tensor(name, shape)
-        return self._source.tensor(name, shape)
-
-    def linear(self, name: str, out_features: int, in_features: int, *, bias: bool) -> Linear | VQLinear:
-        """See `ParamSource.linear`."""
-        if name.startswith("model.layers."):
-            return super().linear(name, out_features, in_features, bias=bias)
-        return self._source.linear(name, out_features, in_features, bias=bias)
 
 
 class _Operators:
