@@ -400,7 +400,7 @@ def _prompt_ids(model: Decoder, prompts: Sequence[Any]) -> list[list[int]]:
     context = model.config.context_length
     ids = []
     for row, prompt in enumerate(prompts):
-        tokens = encode(model.tokenizer, prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        tokens = encode(model.tokenizer, prompt) if isinstance(prompt, str) else _token_list(prompt, row)
         if not tokens:
             raise ValueError(f"prompt {row} is empty; expected at least one token")
         check_tokens(np.array([tokens]), model.config.vocab_size, f"prompt {row}")
@@ -411,6 +411,13 @@ def _prompt_ids(model: Decoder, prompts: Sequence[Any]) -> list[list[int]]:
             )
         ids.append(tokens)
     return ids
+
+
+def _token_list(prompt: Any, row: int) -> list[int]:
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(f"prompt {row} is {prompt!r}; expected a text or a list of token ids")
+    return ids.tolist()
 
 
 def _stop_ids(model: Decoder, stop_tokens: Sequence[int | str] | None) -> list[int]:
