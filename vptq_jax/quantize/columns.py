@@ -12,12 +12,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from vptq_jax.pallas.nearest_centroid import nearest_centroid
+from vptq_jax.quantize.linalg import dot
 from vptq_jax.spec import VQLayout
 
 BLOCK = 128
+_PARTS = 32  # Parts of the main codebook that each offer a candidate for a pair ...
+_CANDIDATES = 8  # ... and how many of these are tried with every residual.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,18 +151,54 @@ def encode_column(
     codebook: Float[Array, "k v"],
     res_codebook: Float[Array, "kr v"] | None,
 ) -> tuple[Int[Array, " n"], Int[Array, " n"] | None, Float[Array, " rows"]]:
-    """The nearest centroid of each vector of a column, and the nearest residual of what is left (greedy).
+    """The nearest centroid of each vector of a column, or the nearest sum of a centroid and a residual.
+
+    Pairs are chosen jointly among several near main centroids, each with its best residual: the nearest main
+    centroid alone belongs to the best pair only now and then (the paper takes it always).
 
     Returns:
         (index, residual index or None, decoded column).
     """
     vectors = segment.split(column)
-    index = nearest(segment, vectors, codebook)
-    decoded = codebook[index]
     if res_codebook is None:
-        return index, None, segment.join(decoded)
-    res_index = nearest(segment, vectors - decoded, res_codebook)
-    return index, res_index, segment.join(decoded + res_codebook[res_index])
+        index = nearest(segment, vectors, codebook)
+        return index, None, segment.join(codebook[index])
+    index, res_index = _nearest_pair(vectors, codebook, res_codebook)
+    if segment.tail < segment.vector_len:
+        tail = segment.tail
+        last = _nearest_pair(vectors[-1:, :tail], codebook[:, :tail], res_codebook[:, :tail])
+        index, res_index = index.at[-1].set(last[0][0]), res_index.at[-1].set(last[1][0])
+    return index, res_index, segment.join(codebook[index] + res_codebook[res_index])
+
+
+def _nearest_pair(
+    vectors: Float[Array, "n v"], codebook: Float[Array, "k v"], res_codebook: Float[Array, "kr v"]
+) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
+    candidates = _near_centroids(vectors, codebook)
+    rest = vectors[:, None] - codebook[candidates]
+    res_index, distance = nearest_centroid(rest.reshape(-1, vectors.shape[1]), res_codebook)
+    best = jnp.argmin(distance.reshape(candidates.shape), axis=1)[:, None]
+    index = jnp.take_along_axis(candidates, best, axis=1)
+    return index[:, 0], jnp.take_along_axis(res_index.reshape(candidates.shape), best, axis=1)[:, 0]
+
+
+def _near_centroids(vectors: Float[Array, "n v"], codebook: Float[Array, "k v"]) -> Int[Array, "n candidates"]:
+    """The nearest centroid and others that are near: the best few of the nearest one in each part of the codebook.
+
+    The order of centroids is random, so hardly any of the really nearest ones share a part, and no sort over
+    the whole codebook is needed.
+    """
+    parts = min(_PARTS, codebook.shape[0])
+    size = codebook.shape[0] // parts
+    centre = codebook.mean(axis=0)
+    centred = codebook - centre
+    scores = 0.5 * jnp.sum(jnp.square(centred), axis=-1) - dot(vectors - centre, centred.T)
+    scores = scores.reshape(-1, parts, size)
+    lowest = scores.min(axis=-1)
+    # Two plain reductions: XLA:CPU does not vectorize argmin.
+    within = jnp.where(scores == lowest[..., None], jnp.arange(size, dtype=jnp.int32), size).min(axis=-1)
+    _, chosen = lax.top_k(-lowest, min(_CANDIDATES, parts))
+    return jnp.take_along_axis(within, chosen, axis=1) + chosen * size
 
 
 def nearest(segment: Segment, vectors: Float[Array, "n v"], codebook: Float[Array, "k v"]) -> Int[Array, " n"]:
@@ -168,6 +208,24 @@ def nearest(segment: Segment, vectors: Float[Array, "n v"], codebook: Float[Arra
         return index
     last, _ = nearest_centroid(vectors[-1:, : segment.tail], codebook[:, : segment.tail])
     return index.at[-1].set(last[0])
+
+
+def assign_columns(segment: Segment, columns: Float[Array, "slots rows"], codes: Codes) -> Codes:
+    """Every vector goes to its nearest main centroid, all columns at once."""
+    vectors = segment.split(columns[: segment.size])
+
+    def assign(group: tuple[Array, Array]) -> Int[Array, "size n"]:
+        vectors, codebook = group
+        index, _ = nearest_centroid(vectors.reshape(-1, segment.vector_len), codebook)
+        index = index.reshape(vectors.shape[:2])
+        if segment.tail < segment.vector_len:
+            last, _ = nearest_centroid(vectors[:, -1, : segment.tail], codebook[:, : segment.tail])
+            index = index.at[:, -1].set(last)
+        return index
+
+    grouped = vectors.reshape(segment.num_groups, segment.group_size, segment.num_vectors, segment.vector_len)
+    index = lax.map(assign, (grouped, codes.codebook)).reshape(segment.size, segment.num_vectors)
+    return dataclasses.replace(codes, index=jnp.pad(index, ((0, segment.slots - segment.size), (0, 0))))
 
 
 def group_books(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from vptq_jax.array import VQArray
 from vptq_jax.quantize.column_pass import column_pass
-from vptq_jax.quantize.columns import Codes, Segment, arrange, decode_all
+from vptq_jax.quantize.columns import Codes, Segment, arrange, assign_columns, decode_all
 from vptq_jax.quantize.kmeans import importance_sample, kmeans
 from vptq_jax.quantize.linalg import check_hessian, inverse_factor, proxy_loss, regularize
 from vptq_jax.quantize.refine import refine
@@ -103,7 +103,7 @@ def quantize_weight(
         stats["error"] = stats[f"error_{stage}"] = _relative_error(W, H, problem, codes, segments, layout, spec)
 
     codes = initial_codebooks(problem, segments, key, kmeans_iters, samples_per_centroid)
-    record("kmeans", column_pass(problem.W, jnp.diag(jnp.diag(problem.U)), codes, segments)[0])
+    record("kmeans", assign(problem.W, codes, segments))
     codes, errors = column_pass(problem.W, problem.U, codes, segments)
     record("pass", codes)
     if spec.num_res_centroids:
@@ -285,6 +285,15 @@ def train_codebooks(
         return kmeans(vectors, weights, num_centroids=count, iterations=iterations, key=start_key)[0]
 
     return jax.lax.map(train, (vectors, weights, jax.random.split(key, segment.num_groups)))
+
+
+@functools.partial(jax.jit, static_argnames=("segments",))
+def assign(W: Float[Array, "slots rows"], codes: tuple[Codes, ...], segments: tuple[Segment, ...]) -> tuple[Codes, ...]:
+    """The indices of plain k-means: nearest centroids, nothing compensated."""
+    return tuple(
+        assign_columns(segment, W[segment.start : segment.start + segment.slots], code)
+        for segment, code in zip(segments, codes, strict=True)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("segments", "layout", "spec"))
