@@ -6,71 +6,18 @@ import subprocess
 import sys
 import textwrap
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_models import CONFIG, TOKENS, assert_same_bits, random_model, random_vqarray
 
 from vptq_jax import checkpoint
-from vptq_jax.array import VQArray, expected_shapes
 from vptq_jax.convert.hf import load_hf
 from vptq_jax.convert.source import all_linears
-from vptq_jax.models.config import ModelConfig, RopeConfig
+from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.linear import VQLinear
-from vptq_jax.models.params import RandomSource
-from vptq_jax.models.registry import build
-from vptq_jax.spec import VQSpec
-
-CONFIG = ModelConfig(
-    "llama", vocab_size=40, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
-    rope=RopeConfig(5e5, "llama3", 8.0, 64), attention_bias=True, eos_token_id=(3, 5),
-)  # fmt: skip
-TOKENS = np.arange(14).reshape(2, 7)
-
-
-def random_vqarray(spec, out_features, in_features, seed, dtype=jnp.float32):
-    """A VQArray with random contents: no algorithm involved."""
-    spec = VQSpec.parse(spec)
-    layout = spec.layout(out_features, in_features)
-    rng = np.random.default_rng(seed)
-    fields = {}
-    for name, shape in expected_shapes(layout, normalize=spec.normalize, permute=spec.permute).items():
-        if shape is None:
-            fields[name] = None
-        elif name == "outlier_indices":
-            fields[name] = jnp.asarray(rng.integers(0, layout.num_outlier_centroids, shape), jnp.uint16)
-        elif name == "perm":
-            fields[name] = jnp.asarray(rng.permutation(in_features), jnp.int32)
-        elif "indices" not in name:
-            fields[name] = jnp.asarray(0.3 * rng.standard_normal(shape), dtype)
-    main = rng.integers(0, layout.num_centroids, (layout.num_groups, layout.num_vectors, layout.group_size))
-    residual = rng.integers(0, layout.num_res_centroids, main.shape) if layout.num_res_centroids else None
-    fields.pop("indices", None)
-    return VQArray.from_indices(
-        layout, jnp.asarray(main), None if residual is None else jnp.asarray(residual), **fields
-    )
-
-
-def random_model(config=CONFIG, specs=("v6-k16-4",), dtype=jnp.float32, seed=0):
-    """A model whose linear layers take the specs in turn (None: dense)."""
-    model = build(config, RandomSource(jax.random.key(seed), dtype, std=0.2))
-    for number, (path, layer) in enumerate(model.linears().items()):
-        spec = specs[number % len(specs)]
-        if spec is not None:
-            bias = None if layer.bias is None else layer.bias[...]
-            model.set_linear(path, VQLinear(random_vqarray(spec, *layer.shape, seed + number, dtype), bias))
-    return model
-
-
-def assert_same_bits(left, right):
-    assert nnx.graphdef(left) == nnx.graphdef(right)
-    for (path, a), (_, b) in zip(*(jax.tree.leaves_with_path(nnx.state(m)) for m in (left, right)), strict=True):
-        assert a.dtype == b.dtype, path
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
-
 
 SPECS = st.sampled_from([None, "v6-k16-4", "v7-k32", "v4-k8-16-g4-noperm", "v8-k16-nonorm", "v3-k4-g5-o10v5k8"])
 
