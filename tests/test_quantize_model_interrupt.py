@@ -64,8 +64,9 @@ def reference(start, tmp_path_factory):
     """Files of an uninterrupted run, and its seconds with every program compiled before."""
     first, second = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")
     finish(start(first))
+    process = start(second)
     began = time.monotonic()
-    finish(start(second))
+    finish(process)
     assert contents(first) == contents(second), "two uninterrupted runs differ"
     return contents(second), time.monotonic() - began
 
@@ -111,7 +112,7 @@ def test_killed_at_ten_random_moments(start, reference, tmp_path):
     files, seconds = reference
     moments = random.Random(0)
     killed = 0
-    for attempt in range(10):
+    for attempt in range(40):
         directory = tmp_path / str(attempt)
         process = start(directory)
         time.sleep(moments.uniform(0, seconds))
@@ -120,7 +121,9 @@ def test_killed_at_ten_random_moments(start, reference, tmp_path):
         killed += process.returncode == -signal.SIGKILL
         finish(start(directory))
         assert contents(directory) == files
-    assert killed >= 5, "most runs were over before they could be killed"
+        if killed == 10:
+            return
+    pytest.fail(f"only {killed} of 40 runs could be killed before they were over")
 
 
 def test_interrupt_stops_at_once_and_leaves_whole_files(start, reference, tmp_path):
