@@ -101,4 +101,6 @@ def open_streamed(path_or_id: str | Path, *, dtype: Any = None) -> StreamedModel
         from vptq_jax.convert.hf import stream_hf
 
         return stream_hf(path, dtype=dtype)
-    raise ValueError(f"{path} is of kind {kind!r}, which cannot be streamed; expected a plain Hugging Face or GGUF model")
+    raise ValueError(
+        f"{path} is of kind {kind!r}, which cannot be streamed; expected a plain Hugging Face or GGUF model"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from vptq_jax.models.decoder import Block, Decoder, RMSNorm, check_tokens
 from vptq_jax.models.linear import Linear, VQLinear
 from vptq_jax.models.rope import Rotary
+
+Tokens: TypeAlias = Int[Array, "B T"] | Int[np.ndarray, "B T"]
+"""Token ids of one batch."""
 
 # Layers that read the same tensor as another one, which carries the H of all of them.
 _SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -159,7 +162,7 @@ class Activations:
         return fetched if waiting is None else [*fetched, np.asarray(waiting)]
 
 
-def check_batches(batches: Iterable[Int[Array, "B T"]], vocab_size: int) -> Iterator[Int[np.ndarray, "B T"]]:
+def check_batches(batches: Iterable[Tokens], vocab_size: int) -> Iterator[Int[np.ndarray, "B T"]]:
     """Yields calibration batches as int32 on the host.
 
     Raises:

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import safetensors
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from vptq_jax.files import new_directory
 from vptq_jax.models.decoder import Decoder
 from vptq_jax.models.streamed import StreamedModel
-from vptq_jax.quantize.activations import Activations, check_batches, hessian_key
+from vptq_jax.quantize.activations import Activations, Tokens, check_batches, hessian_key
 from vptq_jax.quantize.fingerprint import block_digests, end_digests, model_fingerprint
 
 
@@ -96,7 +96,7 @@ _FORMAT = "hessian-1"
 
 def collect_hessians(
     model: Decoder | StreamedModel,
-    batches: Iterable[Int[Array, "B T"]],
+    batches: Iterable[Tokens],
     *,
     progress: bool = True,
     chunk_tokens: int = 1 << 18,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 from tqdm.auto import tqdm
 
 from vptq_jax.array import VQArray
@@ -25,7 +25,7 @@ from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.decoder import Block, Decoder
 from vptq_jax.models.linear import Linear, VQLinear
 from vptq_jax.models.streamed import StreamedModel
-from vptq_jax.quantize.activations import check_batches, hessian_key
+from vptq_jax.quantize.activations import Tokens, check_batches, hessian_key
 from vptq_jax.quantize.calibration import Calibration, GivenHessians, RunningCalibration
 from vptq_jax.quantize.fingerprint import array_digest
 from vptq_jax.quantize.hessian import Hessians
@@ -41,7 +41,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 def quantize(
     model: Decoder | StreamedModel,
     config: QuantConfig | VQSpec | str,
-    calibration: Hessians | Iterable[Int[Array, "B T"]],
+    calibration: Hessians | Iterable[Tokens],
     *,
     workdir: str | os.PathLike[str] | None = None,
     progress: bool = True,
