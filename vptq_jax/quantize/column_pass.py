@@ -8,9 +8,7 @@ it in one matrix product, so that no column is ever written twice.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -19,7 +17,6 @@ from vptq_jax.quantize.columns import Codes, Segment, encode_column, group_books
 from vptq_jax.quantize.linalg import dot
 
 
-@functools.partial(jax.jit, static_argnames=("segments",))
 def column_pass(
     W: Float[Array, "slots rows"],
     U: Float[Array, "slots slots"],

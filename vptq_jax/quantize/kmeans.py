@@ -1,8 +1,6 @@
-"""Hessian-weighted k-means (paper section 3.2), jitted, deterministic under its key."""
+"""Hessian-weighted k-means (paper section 3.2), to be jitted by its caller, deterministic under its key."""
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,6 @@ _MOVEMENT_TOLERANCE = 1e-4  # Of the weighted loss: an iteration that gains less
 _MAX_RESEEDS = 256  # Empty clusters filled in one iteration.
 
 
-@functools.partial(jax.jit, static_argnames=("num_centroids", "iterations"))
 def kmeans(
     vectors: Float[Array, "n v"],
     weights: Float[Array, " n"],

@@ -22,7 +22,6 @@ _CG_ITERATIONS = 32
 _CG_TOLERANCE = 1e-5  # Of the right-hand side's norm.
 
 
-@functools.partial(jax.jit, static_argnames=("segments",))
 def refine(
     W: Float[Array, "slots rows"],
     H: Float[Array, "slots slots"],

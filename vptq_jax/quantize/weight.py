@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from vptq_jax.array import VQArray
@@ -90,30 +91,75 @@ def quantize_weight(
     """
     spec = VQSpec.parse(spec)
     layout = _checked_layout(W, H, spec, name)
-    W, H = jnp.asarray(W, jnp.float32), jnp.asarray(H, jnp.float32)
-    segments, slot_columns = arrange(layout)
-    problem = prepare(W, H, damping, spec, tuple(slot_columns.tolist()))
-    if not bool(jnp.isfinite(problem.U).all()):
+    array, found = search(
+        jnp.asarray(W),
+        jnp.asarray(H),
+        key,
+        damping,
+        tolerance,
+        layout=layout,
+        normalize=spec.normalize,
+        permute=spec.permute,
+        kmeans_iters=kmeans_iters,
+        samples_per_centroid=samples_per_centroid,
+        rounds=rounds,
+    )
+    stats = {stage: value.item() for stage, value in jax.device_get(found).items()}
+    if not np.isfinite(stats["damping"]):
         raise ValueError(
-            f"{name}: the Hessian is not positive semidefinite; damping up to 10 times its mean did not help"
+            f"{name}: the Hessian is not positive semidefinite, even with ten times its mean diagonal added"
         )
-    stats: dict[str, Any] = {}
+    ran = {f"error_refine_{i + 1}" for i in range(stats["rounds"])}
+    return array, {k: v for k, v in stats.items() if not k.startswith("error_refine_") or k in ran}
 
-    def record(stage: str, codes: tuple[Codes, ...]) -> None:
-        stats["error"] = stats[f"error_{stage}"] = _relative_error(W, H, problem, codes, segments, layout, spec)
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("layout", "normalize", "permute", "kmeans_iters", "samples_per_centroid", "rounds"),
+)
+def search(
+    W: Float[Array, "out in"],
+    H: Float[Array, "in in"],
+    key: Array,
+    damping: float,
+    tolerance: float,
+    *,
+    layout: VQLayout,
+    normalize: bool,
+    permute: bool,
+    kmeans_iters: int,
+    samples_per_centroid: int,
+    rounds: int,
+) -> tuple[VQArray, dict[str, Array]]:
+    """`quantize_weight` without its checks, as one traceable function: `jax.vmap` quantizes equal shapes at once.
+
+    Stats hold an error for every round asked for, those not run repeat the last; `damping` is NaN if the Hessian
+    could not be factorized.
+    """
+    W, H = W.astype(jnp.float32), H.astype(jnp.float32)
+    segments, slot_columns = arrange(layout)
+    problem = prepare(W, H, damping, slot_columns, normalize=normalize, permute=permute)
+    factorized = jnp.isfinite(problem.U).all()
+    stats = {
+        "damping": jnp.where(factorized, problem.damping, jnp.nan),
+        "dead_columns": problem.dead.sum(),
+    }
+
+    def error(codes: tuple[Codes, ...]) -> Float[Array, ""]:
+        return _relative_error(W, H, problem, codes, segments, slot_columns)
 
     codes = initial_codebooks(problem, segments, key, kmeans_iters, samples_per_centroid)
-    record("kmeans", assign(problem.W, codes, segments))
+    stats["error_kmeans"] = error(assign(problem.W, codes, segments))
     codes, errors = column_pass(problem.W, problem.U, codes, segments)
-    record("pass", codes)
-    if spec.num_res_centroids:
+    stats["error_pass"] = error(codes)
+    if layout.num_res_centroids:
         codes = residual_codebook(problem, errors, codes, segments, key, kmeans_iters, samples_per_centroid)
         codes, _ = column_pass(problem.W, problem.U, codes, segments)
-        record("residual", codes)
-    codes, stats["rounds"] = _refine(problem, codes, segments, rounds, tolerance, record)
-    facts = jax.device_get(stats | {"damping": problem.damping, "dead_columns": problem.dead.sum()})
-    stats = {stage: value.item() if hasattr(value, "item") else value for stage, value in facts.items()}
-    return pack(problem, codes, segments, layout, spec), stats
+        stats["error_residual"] = error(codes)
+    codes, stats["rounds"], refined = _refine(problem, codes, segments, rounds, tolerance, error)
+    stats |= {f"error_refine_{i + 1}": refined[i] for i in range(rounds)}
+    stats["error"] = error(codes)
+    return pack(problem, codes, segments, layout, normalize=normalize, permute=permute), stats
 
 
 def _refine(
@@ -122,17 +168,24 @@ def _refine(
     segments: tuple[Segment, ...],
     rounds: int,
     tolerance: float,
-    record: Callable[[str, tuple[Codes, ...]], None],
-) -> tuple[tuple[Codes, ...], int]:
-    """Refinement rounds until one gains less than the tolerance; (codes, rounds run)."""
-    loss = float("inf")
-    for i in range(rounds):
+    error: Callable[[tuple[Codes, ...]], Array],
+) -> tuple[tuple[Codes, ...], Array, Float[Array, " rounds"]]:
+    """Refinement rounds until one gains less than the tolerance; (codes, rounds run, error after each)."""
+
+    def unfinished(state: tuple[Any, ...]) -> Array:
+        i, _, before, loss, _ = state
+        return (i < rounds) & ((i == 0) | (before - loss >= tolerance * before))
+
+    def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        i, codes, _, loss, errors = state
         codes, refined = refine(problem.W, problem.H, codes, segments)
-        record(f"refine_{i + 1}", codes)
-        before, loss = loss, float(refined)
-        if before - loss < tolerance * before:
-            return codes, i + 1
-    return codes, rounds
+        return i + 1, codes, loss, refined, jnp.where(jnp.arange(rounds) >= i, error(codes), errors)
+
+    start = proxy_loss(problem.W - decode_all(segments, codes), problem.H)
+    state = (jnp.zeros((), jnp.int32), codes, start, start, jnp.zeros(rounds))
+    if rounds:
+        state = lax.while_loop(unfinished, step, state)
+    return state[1], state[0], state[4]
 
 
 def _checked_layout(W: Array, H: Array, spec: VQSpec, name: str) -> VQLayout:
@@ -168,25 +221,29 @@ def check_centroids(layout: VQLayout) -> None:
                 )
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "slot_columns"))
 def prepare(
-    W: Float[Array, "out in"], H: Float[Array, "in in"], damping: float, spec: VQSpec, slot_columns: tuple[int, ...]
+    W: Float[Array, "out in"],
+    H: Float[Array, "in in"],
+    damping: float,
+    slot_columns: np.ndarray,
+    *,
+    normalize: bool,
+    permute: bool,
 ) -> Problem:
     """Regularizes, normalizes, permutes and lays out one weight and its Hessian."""
     H, dead = regularize(H, damping)
     W = jnp.where(dead, 0, W)
-    scale, offset = normalization(W) if spec.normalize else (jnp.ones(W.shape[1]), jnp.zeros(W.shape[1]))
+    scale, offset = normalization(W) if normalize else (jnp.ones(W.shape[1]), jnp.zeros(W.shape[1]))
     diagonal = jnp.diag(H)
-    perm = jnp.argsort(-jnp.where(dead, 0, diagonal), stable=True) if spec.permute else jnp.arange(W.shape[1])
+    perm = jnp.argsort(-jnp.where(dead, 0, diagonal), stable=True) if permute else jnp.arange(W.shape[1])
     H = H[perm][:, perm]
     U, extra = inverse_factor(H)
 
-    slots = np.asarray(slot_columns)
-    filled, columns = slots >= 0, np.maximum(slots, 0)
+    filled, columns = slot_columns >= 0, np.maximum(slot_columns, 0)
     both = filled[:, None] & filled[None, :]
     slot_scale = scale[perm][columns]
     slot_W = ((W - offset) / scale).T[perm][columns]
-    eye = jnp.eye(len(slots), dtype=jnp.float32)
+    eye = jnp.eye(len(slot_columns), dtype=jnp.float32)
     slot_H = (H + extra * diagonal.mean() * jnp.eye(len(H)))[columns][:, columns] * slot_scale * slot_scale[:, None]
     return Problem(
         W=jnp.where(filled[:, None], slot_W, 0),
@@ -257,7 +314,6 @@ def _importance(problem: Problem) -> Float[Array, " slots"]:
     return jnp.where(jnp.diag(problem.H) > 0, cost, 0)
 
 
-@functools.partial(jax.jit, static_argnames=("segment", "count", "iterations", "samples_per_centroid"))
 def train_codebooks(
     columns: Float[Array, "slots rows"],
     importance: Float[Array, " slots"],
@@ -284,10 +340,9 @@ def train_codebooks(
             vectors = vectors[sample]
         return kmeans(vectors, weights, num_centroids=count, iterations=iterations, key=start_key)[0]
 
-    return jax.lax.map(train, (vectors, weights, jax.random.split(key, segment.num_groups)))
+    return lax.map(train, (vectors, weights, jax.random.split(key, segment.num_groups)))
 
 
-@functools.partial(jax.jit, static_argnames=("segments",))
 def assign(W: Float[Array, "slots rows"], codes: tuple[Codes, ...], segments: tuple[Segment, ...]) -> tuple[Codes, ...]:
     """The indices of plain k-means: nearest centroids, nothing compensated."""
     return tuple(
@@ -296,9 +351,14 @@ def assign(W: Float[Array, "slots rows"], codes: tuple[Codes, ...], segments: tu
     )
 
 
-@functools.partial(jax.jit, static_argnames=("segments", "layout", "spec"))
 def pack(
-    problem: Problem, codes: tuple[Codes, ...], segments: tuple[Segment, ...], layout: VQLayout, spec: VQSpec
+    problem: Problem,
+    codes: tuple[Codes, ...],
+    segments: tuple[Segment, ...],
+    layout: VQLayout,
+    *,
+    normalize: bool,
+    permute: bool,
 ) -> VQArray:
     """The codes in stored form."""
     main, segment = codes[-1], segments[-1]
@@ -316,25 +376,23 @@ def pack(
         main.res_codebook,
         outlier_indices=None if outliers is None else outliers.index[: segments[0].size].T,
         outlier_codebook=None if outliers is None else outliers.codebook[0],
-        scale=problem.scale if spec.normalize else None,
-        offset=problem.offset if spec.normalize else None,
-        perm=problem.perm if spec.permute else None,
+        scale=problem.scale if normalize else None,
+        offset=problem.offset if normalize else None,
+        perm=problem.perm if permute else None,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("segments", "layout", "spec"))
 def _relative_error(
     W: Float[Array, "out in"],
     H: Float[Array, "in in"],
     problem: Problem,
     codes: tuple[Codes, ...],
     segments: tuple[Segment, ...],
-    layout: VQLayout,
-    spec: VQSpec,
+    slot_columns: np.ndarray,
 ) -> Float[Array, ""]:
     """tr(E H E^T) / tr(W H W^T) of the codes as they would be stored, in original units."""
-    columns = decode_all(segments, codes)
-    slots = np.asarray(arrange(layout)[1])
-    restored = jnp.zeros_like(W.T).at[problem.perm[slots[slots >= 0]]].set(columns[slots >= 0], unique_indices=True)
+    filled = slot_columns >= 0
+    columns = decode_all(segments, codes)[filled]
+    restored = jnp.zeros_like(W.T).at[problem.perm[slot_columns[filled]]].set(columns, unique_indices=True)
     error = (restored.T * problem.scale + problem.offset - W).T
     return proxy_loss(error, H) / jnp.maximum(proxy_loss(W.T, H), jnp.finfo(jnp.float32).tiny)
