@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,32 +57,67 @@ def load_gguf(path: str | Path, *, dtype: Any = None, progress: bool = False) ->
         NotImplementedError: an architecture or tokenizer that is not supported.
         ValueError: everything that is wrong with it, gathered before a weight is read.
     """
-    stored, read, total = _open(path, dtype)
+    target = check_dtype(dtype) or np.dtype(np.float32)
+    stored = open_gguf(path)
+    tokenizer = gguf_tokenizer(stored.file.metadata)
+    total = sum(math.prod(shape) for shape in Plan(stored.config).shapes.values()) * target.itemsize
     with progress_bar(total, progress) as advance:
-        model = build(stored.config, StoredSource(read, advance))
-    model.tokenizer = stored.tokenizer
+        source = StoredSource(lambda name: stored.read(name, target), advance)
+        model = build(dataclasses.replace(stored.config, dtype=target.name), source)
+    model.tokenizer = tokenizer
     return model
 
 
 def stream_gguf(path: str | Path, *, dtype: Any = None) -> StreamedModel:
     """As `load_gguf`, but every weight is read when it is asked for."""
-    return _open(path, dtype)[0]
-
-
-def _open(path: str | Path, dtype: Any) -> tuple[StreamedModel, Callable[[str], np.ndarray], int]:
-    """The checked file, how a tensor is read, and the bytes of all of them in memory."""
     target = check_dtype(dtype) or np.dtype(np.float32)
+    stored = open_gguf(path)
+    return StreamedModel(
+        dataclasses.replace(stored.config, dtype=target.name),
+        StoredSource(lambda name: stored.read(name, target)),
+        gguf_tokenizer(stored.file.metadata),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFCheckpoint:
+    """A GGUF file whose tensors fit its metadata: all that is known without reading a weight.
+
+    Attributes:
+        file: the file.
+        config: of the model.
+        names: GGUF name of every tensor, by Hugging Face name.
+    """
+
+    file: GGUFFile
+    config: ModelConfig
+    names: dict[str, str]
+
+    def read(self, name: str, dtype: Any = np.float32) -> np.ndarray:
+        """One tensor under its Hugging Face name, in Hugging Face's row order."""
+        return self.file.read(self.names[name], dtype, _row_positions(name, self.config, self.file))
+
+    def abstract(self) -> Decoder:
+        """The model with shapes in place of arrays, as it is loaded by default."""
+        return build(self.config, HeaderSource(lambda name: np.dtype(np.float32)))
+
+    def content_problems(self) -> Iterator[str]:
+        """NaN and infinite weights; reads one tensor at a time and keeps none."""
+        for name in self.names:
+            yield from nonfinite_problems(name, self.read(name))
+
+
+def open_gguf(path: str | Path) -> GGUFCheckpoint:
+    """Checks a GGUF file's metadata and tensors.
+
+    Raises:
+        FileNotFoundError, ImportError, NotImplementedError, ValueError: see `load_gguf`.
+    """
     file = GGUFFile(path)
     config = gguf_config(file)
     names = {hugging_face_name(name): name for name in file.tensors if name != _ROPE_FACTORS}
     raise_problems(f"{path} does not fit its metadata", _tensor_problems(config, file, names))
-
-    def read(name: str) -> np.ndarray:
-        return file.read(names[name], target, _row_positions(name, config, file))
-
-    config = dataclasses.replace(config, dtype=target.name)
-    total = sum(int(np.prod(tensor.shape)) for tensor in file.tensors.values()) * target.itemsize
-    return StreamedModel(config, StoredSource(read), gguf_tokenizer(file.metadata)), read, total
+    return GGUFCheckpoint(file, config, names)
 
 
 def hugging_face_name(name: str) -> str:

@@ -384,3 +384,22 @@ def test_a_truncated_file_is_refused(tmp_path):
     file.write_bytes(raw[:-100])
     with pytest.raises(ValueError, match="truncated"):
         load_gguf(file)
+
+
+def test_flipped_bits_never_crash(tmp_path):
+    """A hundred files with one bit of metadata or tensor table flipped: refused in words, or read."""
+    file = write_gguf(tmp_path / "m.gguf", llama(num_hidden_layers=1))
+    raw = file.read_bytes()
+    end = raw.index(b"output_norm") + 60
+    rng = np.random.default_rng(0)
+    said = []
+    for position, bit in zip(rng.integers(0, end, 100), rng.integers(0, 8, 100), strict=True):
+        changed = bytearray(raw)
+        changed[position] ^= 1 << bit
+        file.write_bytes(changed)
+        try:
+            load_gguf(file)
+        except (ValueError, NotImplementedError) as error:
+            said.append(str(error))
+    assert all(said)
+    assert len(said) > 50
