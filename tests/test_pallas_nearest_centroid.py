@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vptq_jax.pallas import nearest_centroid
+from vptq_jax.pallas.nearest_centroid import kernel
 
 
 def _float64_search(vectors, codebook):
@@ -100,3 +101,48 @@ def test_bad_input_is_named(vectors, codebook, message):
 def test_unknown_implementation():
     with pytest.raises(NotImplementedError, match="xla"):
         nearest_centroid(jnp.zeros((3, 4)), jnp.zeros((5, 4)), implementation="magic")
+
+
+@pytest.mark.parametrize(
+    ("n", "v", "k"),
+    [(7_340_032, 8, 65536), (1792, 8, 65536), (100, 6, 256), (5000, 12, 4096), (70_000, 2, 16), (3, 16, 300)],
+)
+def test_kernel_lowers_to_cuda(n, v, k):
+    shapes = jax.ShapeDtypeStruct((n, v), jnp.float32), jax.ShapeDtypeStruct((k, v), jnp.float32)
+    text = jax.jit(kernel.nearest_index).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    assert kernel.Plan(n, v, k, 132).shared_bytes <= 227 * 1024
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="tests the CPU's answer")
+def test_mosaic_on_cpu_says_why_not():
+    with pytest.raises(NotImplementedError, match="'cpu'"):
+        nearest_centroid(jnp.zeros((3, 4)), jnp.zeros((5, 4)), implementation="mosaic")
+
+
+def test_long_vectors_have_no_kernel():
+    with pytest.raises(NotImplementedError, match="vector length 17"):
+        nearest_centroid(jnp.zeros((3, 17)), jnp.zeros((5, 17)), implementation="mosaic")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("n", "v", "k"),
+    [(300, 8, 300), (1000, 6, 4096), (5000, 12, 1024), (70_000, 2, 16), (33, 16, 2048), (2500, 8, 65536), (1, 1, 2)],
+)
+def test_kernel_agrees_with_float64(n, v, k):
+    vectors, codebook = _data(n, k, v)
+    found = jax.jit(lambda *a: nearest_centroid(*a, implementation="mosaic"))(vectors, codebook)
+    _check(vectors[:2500], codebook, *(array[:2500] for array in found))
+
+
+@pytest.mark.gpu
+def test_kernel_under_vmap_and_with_nan():
+    vectors, codebook = _data(96, 40, 8)
+    index, distance = jax.vmap(lambda x: nearest_centroid(x, codebook, implementation="mosaic"))(
+        vectors.at[5].set(jnp.nan).reshape(3, 32, 8)
+    )
+    assert bool(jnp.isnan(distance[0, 5]))
+    assert 0 <= int(index[0, 5]) < 40
+    expected, _ = _float64_search(vectors, codebook)
+    np.testing.assert_array_equal(np.delete(index.reshape(-1), 5), np.delete(expected, 5))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vptq_jax.pallas.nearest_centroid import reference
+from vptq_jax.pallas import device
+from vptq_jax.pallas.nearest_centroid import kernel, reference
 
-Implementation = Literal["xla"]
+Implementation = Literal["xla", "mosaic"]
+
+_logger = logging.getLogger(__name__)
 
 
 def nearest_centroid(
@@ -20,7 +26,8 @@ def nearest_centroid(
     Args:
         vectors: float [n, v].
         codebook: float [k, v].
-        implementation: None picks by device and shape; "xla" searches block by block.
+        implementation: None picks by device and shape; "xla" searches block by block; "mosaic" is
+            the kernel for Hopper GPUs, for v up to 16.
 
     Returns:
         (index int32 [n], squared distance float32 [n]); the lowest index wins a tie.
@@ -39,6 +46,31 @@ def nearest_centroid(
     for name, array in (("vectors", vectors), ("codebook", codebook)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} have dtype {array.dtype}; expected a floating-point dtype")
-    if implementation not in (None, "xla"):
-        raise NotImplementedError(f"implementation {implementation!r} does not exist; choose None or 'xla'")
-    return reference.nearest_centroid(vectors, codebook)
+    if implementation not in (None, "xla", "mosaic"):
+        raise NotImplementedError(f"implementation {implementation!r} does not exist; choose None, 'xla' or 'mosaic'")
+    reason = _why_not_mosaic(vectors.shape[0], vectors.shape[1])
+    if implementation == "mosaic" and reason:
+        raise NotImplementedError(f"implementation 'mosaic' cannot run: {reason}")
+    if implementation == "xla" or reason:
+        if implementation is None:
+            _log_choice("xla", reason)
+        return reference.nearest_centroid(vectors, codebook)
+    _log_choice("mosaic", None)
+    index = _nearest_index(vectors, codebook)
+    return index, reference.squared_distance(vectors, codebook, index)
+
+
+def _why_not_mosaic(count: int, length: int) -> str | None:
+    if length > kernel.MAX_VECTOR_LEN:
+        return f"vector length {length} is above {kernel.MAX_VECTOR_LEN}"
+    return device.why_no_mosaic() or ("there are no vectors" if count == 0 else None)
+
+
+@functools.cache
+def _log_choice(implementation: str, reason: str | None) -> None:
+    _logger.info("nearest_centroid runs as %r%s", implementation, f": {reason}" if reason else "")
+
+
+@jax.custom_batching.sequential_vmap
+def _nearest_index(vectors: Array, codebook: Array) -> Array:
+    return kernel.nearest_index(vectors, codebook)

@@ -23,8 +23,15 @@ def nearest_centroid(
     vectors, codebook = vectors.astype(jnp.float32), codebook.astype(jnp.float32)
     rows, columns = _block_shape(count, centroids)
     index = _search(_padded_blocks(vectors, rows, 0.0), codebook, columns)[:count]
-    distance = jnp.sum(jnp.square(vectors - codebook[index]), axis=-1)
-    return index, distance
+    return index, squared_distance(vectors, codebook, index)
+
+
+def squared_distance(
+    vectors: Float[Array, "n v"], codebook: Float[Array, "k v"], index: Int[Array, " n"]
+) -> Float[Array, " n"]:
+    """Squared distance of every vector from its centroid, from the definition, float32."""
+    nearest = codebook.astype(jnp.float32)[index]
+    return jnp.sum(jnp.square(vectors.astype(jnp.float32) - nearest), axis=-1)
 
 
 def _block_shape(count: int, centroids: int) -> tuple[int, int]:

@@ -1,41 +1,164 @@
-"""The one entry point of the op: checks, and the choice of an implementation."""
+"""The entry points of the op: checks, the choice of an implementation, and the derivative."""
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vptq_jax.array import VQArray
-from vptq_jax.pallas.vq_matmul import reference
+from vptq_jax.pallas import device
+from vptq_jax.pallas.vq_matmul import layout, mosaic, reference
+from vptq_jax.pallas.vq_matmul.layout import KernelArray
 
-Implementation = Literal["xla"]
+Implementation = Literal["xla", "mosaic"]
+Weight = VQArray | KernelArray
+
+_logger = logging.getLogger(__name__)
+_FLOATS = ("codebook", "res_codebook", "outlier_codebook", "scale", "offset")
 
 
 def vq_matmul(
-    x: Float[Array, "*batch in"], weight: VQArray, *, implementation: Implementation | None = None
+    x: Float[Array, "*batch in"], weight: Weight, *, implementation: Implementation | None = None
 ) -> Float[Array, "*batch out"]:
     """`x @ weight.dequantize().T`, differentiable in x, codebooks, scale and offset.
 
     Args:
         x: activations [..., in_features], any float dtype.
-        weight: the quantized weight.
-        implementation: None picks by device and layout; "xla" dequantizes one layer and multiplies.
+        weight: the quantized weight; a `KernelArray` (see `relayout`) for the GPU kernels.
+        implementation: None picks by device and weight; "xla" dequantizes one layer and multiplies;
+            "mosaic" is the kernel for Hopper GPUs (a `VQArray` is laid out anew at each call).
 
     Returns:
         [..., out_features] in the dtype of x; products accumulate in float32.
 
     Raises:
         ValueError: x does not fit the weight, or is not floating point.
-        NotImplementedError: the implementation asked for cannot run here.
+        NotImplementedError: the implementation asked for cannot run here; the message says why.
     """
+    return vq_matmuls(x, (weight,), implementation=implementation)[0]
+
+
+def vq_matmuls(
+    x: Float[Array, "*batch in"], weights: Sequence[Weight], *, implementation: Implementation | None = None
+) -> tuple[Float[Array, "*batch out"], ...]:
+    """`vq_matmul` of one x with several weights (q/k/v, gate/up): one kernel launch where they are alike.
+
+    Args, returns and errors are those of `vq_matmul`. Weights are alike when they share spec, in_features
+    and kernel order.
+    """
+    for weight in weights:
+        _check(x, weight)
+    if implementation not in (None, "xla", "mosaic"):
+        raise NotImplementedError(f"implementation {implementation!r} does not exist; choose None, 'xla' or 'mosaic'")
+    rows = math.prod(x.shape[:-1])
+    reasons = [_why_not_mosaic(x, weight, rows) for weight in weights]
+    reason = next((reason for reason in reasons if reason), None)
+    if implementation == "mosaic":
+        if reason:
+            raise NotImplementedError(f"implementation 'mosaic' cannot run: {reason}")
+        prepared = [
+            weight if isinstance(weight, KernelArray) else layout.relayout(weight, dtype=x.dtype) for weight in weights
+        ]
+        return _matmuls(x, prepared)
+    if implementation is None and not reason and all(isinstance(weight, KernelArray) for weight in weights):
+        _log_choice("mosaic", "the weight is in kernel order and the device runs the kernels")
+        return _matmuls(x, weights)
+    if implementation is None:
+        _log_choice("xla", reason or "the weight is in checkpoint order")
+    return tuple(_reference(x, weight) for weight in weights)
+
+
+def _check(x: Array, weight: Weight) -> None:
     if x.ndim < 1 or x.shape[-1] != weight.layout.in_features:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; its last axis must be in_features = {weight.layout.in_features}"
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x has dtype {x.dtype}; expected a floating-point dtype")
-    if implementation not in (None, "xla"):
-        raise NotImplementedError(f"implementation {implementation!r} does not exist; choose None or 'xla'")
-    return reference.vq_matmul(x, weight)
+
+
+def _why_not_mosaic(x: Array, weight: Weight, rows: int) -> str | None:
+    reason = device.why_no_mosaic() or layout.unsupported(weight.layout, x.dtype)
+    if reason:
+        return reason
+    if isinstance(weight, KernelArray) and x.dtype != weight.dtype:
+        return f"x is {x.dtype} but the weight was laid out for {weight.dtype}"
+    return "there are no rows to multiply" if rows == 0 else None
+
+
+@functools.cache
+def _log_choice(implementation: str, reason: str) -> None:
+    _logger.info("vq_matmul runs as %r: %s", implementation, reason)
+
+
+def _in_kernel_order(weight: Weight, dtype: Any) -> KernelArray:
+    return weight if isinstance(weight, KernelArray) else layout.relayout(weight, dtype=dtype)
+
+
+def _reference(x: Array, weight: Weight) -> Array:
+    return reference.vq_matmul(x, layout.restore(weight) if isinstance(weight, KernelArray) else weight)
+
+
+def _matmuls(x: Array, weights: Sequence[KernelArray]) -> tuple[Array, ...]:
+    flat = x.reshape(-1, x.shape[-1])
+    floats = tuple(tuple(getattr(weight, name) for name in _FLOATS) for weight in weights)
+    if mosaic.one_launch(weights):
+        products = _differentiable(flat, floats, tuple(weights))
+    else:
+        products = tuple(_differentiable(flat, floats[i : i + 1], (weight,))[0] for i, weight in enumerate(weights))
+    return tuple(product.reshape(*x.shape[:-1], -1) for product in products)
+
+
+@jax.custom_vjp
+def _differentiable(x: Array, floats: Any, weights: tuple[KernelArray, ...]) -> tuple[Array, ...]:
+    """The kernel's product; `floats` are the parameters among the leaves of `weights`, named for the derivative."""
+    return _batchable(x, weights)
+
+
+def _forward(x: Array, floats: Any, weights: tuple[KernelArray, ...]) -> tuple[tuple[Array, ...], Any]:
+    return _batchable(x, weights), (x, floats, weights)
+
+
+def _backward(residuals: Any, cotangents: tuple[Array, ...]) -> tuple[Array, Any, None]:
+    x, floats, weights = residuals
+
+    def products(x: Array, floats: Any) -> tuple[Array, ...]:
+        return tuple(
+            _reference(x, dataclasses.replace(weight, **dict(zip(_FLOATS, values, strict=True))))
+            for weight, values in zip(weights, floats, strict=True)
+        )
+
+    return *jax.vjp(products, x, floats)[1](cotangents), None
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+@jax.custom_batching.custom_vmap
+def _batchable(x: Array, weights: tuple[KernelArray, ...]) -> tuple[Array, ...]:
+    return tuple(product.astype(x.dtype) for product in mosaic.matmul(x, weights))
+
+
+@_batchable.def_vmap
+def _batched(size: int, in_batched: Any, x: Array, weights: tuple[KernelArray, ...]) -> tuple[Any, Any]:
+    x_batched, weights_batched = in_batched
+    outputs = (True,) * len(weights)
+    if not any(jax.tree.leaves(weights_batched)):
+        products = _batchable(x.reshape(-1, x.shape[-1]), weights)
+        return tuple(product.reshape(size, x.shape[1], -1) for product in products), outputs
+
+    def one(i: Array) -> tuple[Array, ...]:
+        def take(leaf: Array, batched: bool) -> Array:
+            return leaf[i] if batched else leaf
+
+        return _batchable(take(x, x_batched), jax.tree.map(take, weights, weights_batched))
+
+    return jax.lax.map(one, jnp.arange(size)), outputs

@@ -1,0 +1,372 @@
+"""The Mosaic GPU kernel: up to 64 rows of activations times packed weights, in one launch.
+
+Each warp takes the indices of a unit into registers, gathers the centroids they name with
+`ldmatrix` from shared memory straight into tensor-core operands, and accumulates in float32.
+Vectors lie along the output rows, so a gathered block is a 16x16 piece of the weight; main and
+residual centroid of a vector meet in the accumulator and need no addition of their own.
+Centroids that do not fit shared memory come through L2, copied to a ring in shared memory one unit
+ahead of their use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, UInt
+
+from vptq_jax.pallas import ptx
+from vptq_jax.pallas.ptx import Int, Pointer
+from vptq_jax.pallas.vq_matmul.layout import _load_widths
+from vptq_jax.pallas.vq_matmul.plan import Book, Plan
+
+
+def partial_products(
+    plan: Plan,
+    xs: Sequence[Float[Array, "blocks m 32"]],
+    words: Sequence[UInt[Array, "G rows columns words"]],
+    tables: Sequence[Sequence[Float[Array, "G k p"]]],
+) -> Float[Array, "slots m out"]:
+    """Partial sums of `x @ w.T` for the weights of a plan, side by side; their sum over slots is the product.
+
+    Args:
+        plan: the division of the work.
+        xs: for each weight its activations by runs of 32 kernel columns.
+        words: for each weight its packed indices.
+        tables: for each weight its main and, if there is one, residual table.
+    """
+    operands = [a for part in zip(xs, words, *zip(*tables, strict=True), strict=True) for a in part]
+
+    def body(*refs: Any) -> None:
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def emit(_: Any, *refs: Any) -> None:
+            *inputs, output, shared = refs
+            step = len(inputs) // len(plan.layouts)
+            parts = [[Pointer.of(ref) for ref in inputs[i : i + step]] for i in range(0, len(inputs), step)]
+            Emitter(plan, parts, Pointer.of(output), ptx.shared_address(shared)).run()
+
+        emit(*refs)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((plan.slots, plan.rows, plan.out_features), jnp.float32),
+        grid=(plan.blocks,),
+        grid_names=("block",),
+        num_threads=plan.warps // 4,
+        thread_name="warpgroup",
+        scratch_types=(plgpu.SMEM((plan.shared_bytes // 4,), jnp.uint32),),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(*operands)
+
+
+class Slab:
+    """Where a slab lies: weight, group, row group, and the unit of the running warp."""
+
+    def __init__(self, emitter: Emitter, slab: Int):
+        plan = emitter.plan
+        self.after = [slab >= start for start in plan.starts[1:-1]]
+        local = slab - self.of(plan.starts[:-1])
+        flat = local // plan.slabs_per_row_group
+        self.step = local - flat * plan.slabs_per_row_group
+        row_groups = self.of(plan.row_groups)
+        if plan.grid.layout.num_groups == 1:
+            self.group, self.row_group = ptx.constant(0), flat
+        else:
+            self.group = flat // row_groups
+            self.row_group = flat - self.group * row_groups
+        row_unit = self.row_group * plan.row_warps + emitter.row_warp
+        row_units = self.of([grid.row_units for grid in plan.grids])
+        self.row_valid = row_unit < row_units
+        row_unit = row_unit.minimum(row_units - 1)  # The last row group may have warps without work of their own.
+        self.row_unit = row_unit
+        column_unit = self.step * plan.column_warps + emitter.column_warp
+        self.column_valid = column_unit < plan.grid.column_units
+        column_unit = column_unit.minimum(plan.grid.column_units - 1)
+        self.unit = (self.group * row_units + row_unit) * plan.grid.column_units + column_unit
+        self.column_run = (self.group * plan.grid.column_units + column_unit) * (plan.order.steps // 2)
+
+    def of(self, values: Sequence[Any]) -> Any:
+        """The value that belongs to this slab's weight."""
+        chosen = values[0]
+        for condition, value in zip(self.after, values[1:], strict=True):
+            if isinstance(value, Pointer):
+                chosen = ptx.choose(condition, value, chosen)
+            else:
+                chosen = ptx.select(condition, value, chosen)
+        return ptx.constant(chosen) if isinstance(chosen, int) else chosen
+
+    def table_set(self, plan: Plan) -> Int:
+        """A number for the codebooks this slab needs."""
+        part = self.of(range(len(plan.layouts)))
+        return part * plan.grid.layout.num_groups + self.group
+
+
+class Emitter:
+    """Emits the kernel; holds what every step needs."""
+
+    def __init__(self, plan: Plan, parts: list[list[Pointer]], output: Pointer, shared: Int):
+        self.plan, self.output, self.shared = plan, output, shared
+        self.xs, self.words, *self.tables = (list(column) for column in zip(*parts, strict=True))
+        self.books = plan.books
+        self.thread = ptx.thread_index()
+        self.block = ptx.block_index()
+        self.lane = self.thread & 31
+        self.warp = self.thread >> 5
+        self.row_warp = self.warp // plan.column_warps
+        self.column_warp = self.warp % plan.column_warps
+        grid = plan.grid
+        # A thread's stream of entries, and the plane of its centroids that it gathers.
+        if grid.planes == 1:
+            self.stream, self.plane = self.lane, ptx.constant(0)
+        else:
+            self.stream, self.plane = (self.lane & 7) + ((self.lane >> 4) << 3), (self.lane >> 3) & 1
+        self.x_offsets = [
+            (((self.lane >> 2) + 8 * tile).minimum(plan.rows - 1)) * 64 + (self.lane & 3) * 16
+            for tile in range(plan.row_tiles)
+        ]
+        self.bases = [self._lane_base(book) for book in self.books]
+        self.rings = [
+            shared + book.ring + self.warp * (plan.order.entries * 512) + self.lane * 16 if book.streamed else None
+            for book in self.books
+        ]
+
+    def _lane_base(self, book: Book) -> Int:
+        base = self.shared + book.planes[0]
+        if len(book.planes) > 1:
+            base = base + self.plane * (book.planes[1] - book.planes[0])
+        return base + (self.lane & (book.replicas - 1)) * 16 if book.replicas > 1 else base
+
+    @property
+    def threads(self) -> int:
+        return self.plan.warps * 32
+
+    def run(self) -> None:
+        plan = self.plan
+        first = self.block * plan.total // plan.blocks
+        stop = (self.block + 1) * plan.total // plan.blocks
+        ahead = self._units_ahead()
+        units = [self.load_words(Slab(self, (first + i).minimum(stop - 1))) for i in range(ahead)]
+        start = Slab(self, first)
+        self.load_tables(start)
+        if any(book.streamed for book in self.books):
+            self._start_unit(start, units[0], ptx.constant(0) < 1)
+        zeros = [ptx.float_constant(0.0)] * (4 * self._sums())
+        several = len(plan.layouts) * plan.grid.layout.num_groups > 1
+        tables = [start.table_set(plan).value] if several else []
+        carry = [word.value for unit in units for word in unit] + zeros + tables
+
+        def body(index: Int, carry: list) -> list:
+            count = plan.grid.stream_words
+            units = [[Int(w) for w in carry[i * count : (i + 1) * count]] for i in range(ahead)]
+            sums = carry[ahead * count : ahead * count + len(zeros)]
+            slab = Slab(self, index)
+            following = self.load_words(Slab(self, (index + ahead).minimum(stop - 1)))
+            tables = []
+            if several:
+                tables = [slab.table_set(plan).value]
+                with ptx.when(ptx.differ(Int(tables[0]), Int(carry[-1]))):
+                    ptx.barrier()
+                    self.load_tables(slab)
+            sums = self._unit(slab, units, sums, index + 1 < stop, Slab(self, (index + 1).minimum(stop - 1)))
+            ends_group = slab.step.equals(plan.slabs_per_row_group - 1)
+            flush = ptx.either(ends_group, (index + 1).equals(stop))
+            with ptx.when(flush):
+                self._flush(slab, index, sums, ends_group)
+            zero = ptx.float_constant(0.0)
+            sums = [ptx.select(flush, zero, value) for value in sums]
+            return [w.value for unit in [*units[1:], following] for w in unit] + sums + tables
+
+        ptx.loop(first, stop, carry, body)
+
+    def _units_ahead(self) -> int:
+        return max(2 if any(book.streamed for book in self.books) else 1, self.plan.config.prefetch)
+
+    def _sums(self) -> int:
+        return self.plan.order.tiles * self.plan.row_tiles * (2 if self.plan.shared_tail else 1)
+
+    def load_words(self, slab: Slab) -> list[Int]:
+        grid = self.plan.grid
+        pointer = slab.of(self.words).at(slab.unit, 4 * grid.streams * grid.stream_words)
+        words: list[Int] = []
+        for width in _load_widths(grid.stream_words):
+            place = pointer.at(self.stream, 4 * width).offset(4 * grid.streams * len(words))
+            words += ptx.load_stream(place, width)
+        return words
+
+    def load_tables(self, slab: Slab) -> None:
+        """Copies the codebooks of a slab to shared memory and waits for them."""
+        planes = self.plan.grid.planes
+        for i, book in enumerate(self.books):
+            source = slab.of(self.tables[i]).at(slab.group, book.entries * planes * 16)
+            for plane in range(planes):
+                tail = self.plan.shared_tail and plane == 1
+                target = self.shared + book.planes[plane] + (8 * i if tail else 0)
+                copy = self._copy_rows if book.replicas == 1 and not tail else self._copy_through_registers
+                copy(target, source.offset(plane * 16), book, 8 if tail else 16)
+        ptx.commit_copies()
+        ptx.wait_copies(0)
+        ptx.barrier()
+
+    def _copy_rows(self, target: Int, source: Pointer, book: Book, size: int) -> None:
+        for start in range(0, book.cached, self.threads):
+            item = self.thread + start
+            inside = None if start + self.threads <= book.cached else item < book.cached
+            ptx.copy_async(target + item * 16, source.at(item, self.plan.grid.planes * 16), size, inside)
+
+    def _copy_through_registers(self, target: Int, source: Pointer, book: Book, size: int) -> None:
+        """For copies that several threads take from one place, or of 8 bytes: asynchronous ones are slow at both."""
+        copies = book.cached * book.replicas
+        starts = range(0, copies, self.threads)
+        items = [(self.thread + start).minimum(copies - 1) for start in starts]
+        rows = [
+            ptx.load_cached(source.at(item // book.replicas, self.plan.grid.planes * 16), size // 4) for item in items
+        ]
+        for item, row in zip(items, rows, strict=True):  # A thread without an item repeats the last one.
+            ptx.store_shared(target + item * 16, row)
+
+    def _index(self, words: list[Int], entry: int, book: Book) -> Int:
+        word, shift = divmod(entry * self.plan.grid.bits + book.shift, 32)
+        if shift + book.bits <= 32:
+            value = words[word] >> shift
+        else:
+            value = ptx.funnel_shift_right(words[word], words[word + 1], shift)
+        return value if shift + book.bits == 32 else value & ((1 << book.bits) - 1)
+
+    def _start_unit(self, slab: Slab, words: list[Int], condition: Any) -> None:
+        for entry in range(self.plan.order.entries):
+            self._start_entry(slab, words, entry, condition)
+
+    def _start_entry(self, slab: Slab, words: list[Int], entry: int, condition: Any) -> None:
+        """Starts the copies through L2 that an entry needs."""
+        row = self.plan.grid.planes * 16
+        for i, book in enumerate(self.books):
+            ring = self.rings[i]
+            if ring is None:
+                continue
+            source = slab.of(self.tables[i]).at(slab.group, book.entries * row)
+            index = self._index(words, entry, book)
+            place = source.at(index * self.plan.grid.planes + self.plane, 16)
+            ptx.copy_async(ring + entry * 512, place, 16, ptx.both(condition, index >= book.cached))
+        ptx.commit_copies()
+
+    def _gather(self, i: int, words: list[Int], entry: int) -> list[Int]:
+        book, ring = self.books[i], self.rings[i]
+        index = self._index(words, entry, book)
+        address = self.bases[i] + index * (16 * book.replicas)
+        if ring is not None:
+            address = ptx.select(index < book.cached, address, ring + entry * 512)
+        return ptx.gather_transposed(address)
+
+    def read(self, slab: Slab, i: int, words: list[Int], entry: int) -> list[Int]:
+        """The thread's own centroid of an entry, 8 components (one plane) in 4 words, from codebook i."""
+        book, planes = self.books[i], self.plan.grid.planes
+        index = self._index(words, entry, book)
+        if book.streamed:
+            source = slab.of(self.tables[i]).at(slab.group, book.entries * planes * 16)
+            return ptx.load_cached(source.at(index * planes + self.plane, 16), 4)
+        return ptx.load_shared(self.bases[i] + index * (16 * book.replicas), 4)
+
+    def _unit(self, slab: Slab, units: list[list[Int]], sums: list, more: Any, following: Slab) -> list:
+        plan = self.plan
+        tiles, row_tiles = plan.order.tiles, plan.row_tiles
+        streamed = any(book.streamed for book in self.books)
+        pointer = slab.of(self.xs).at(slab.column_run, plan.rows * 64)
+        places = [pointer.at(offset, 1) for offset in self.x_offsets]
+        sums = list(sums)
+        for pair in range(plan.order.steps // 2):
+            x = [self._load_x(slab, place.offset(pair * plan.rows * 64)) for place in places]
+            for half in (0, 1):
+                step = 2 * pair + half
+                for tile in range(tiles):
+                    entry = step * tiles + tile
+                    if streamed:
+                        ptx.wait_copies(plan.order.entries - 1)
+                        ptx.warp_barrier()
+                    blocks = [self._gather(i, units[0], entry) for i in range(len(self.books))]
+                    if plan.added:
+                        blocks = [[ptx.add_packed(a, b, plan.kind) for a, b in zip(*blocks, strict=True)]]
+                    for i, block in enumerate(blocks):
+                        first = i * tiles * row_tiles if plan.shared_tail else 0
+                        for n in range(row_tiles):
+                            at = 4 * (first + tile * row_tiles + n)
+                            b = x[n][2 * half : 2 * half + 2]
+                            sums[at : at + 4] = ptx.mma(block, b, sums[at : at + 4], plan.kind)
+                    if streamed:
+                        ptx.warp_barrier()
+                        self._start_entry(following, units[1], entry, more)
+        return sums
+
+    def _load_x(self, slab: Slab, place: Pointer) -> list[Int]:
+        x = ptx.load_cached(place, 4)
+        if self.plan.grid.column_units % self.plan.column_warps:
+            x = [ptx.select(slab.column_valid, word, ptx.constant(0)) for word in x]
+        return x
+
+    def _flush(self, slab: Slab, index: Int, sums: list, ends_group: Any) -> None:
+        """Adds the sums of the warps that share output rows and writes them to this block's slot."""
+        plan = self.plan
+        first_slab = index - slab.step
+        first_block = ((first_slab + 1) * plan.blocks - 1) // plan.total
+        slot = self.block - first_block
+        base_slot = slab.group * plan.slots_per_group
+        out_features = slab.of([layout.out_features for layout in plan.layouts])
+        starts = [sum(layout.out_features for layout in plan.layouts[:i]) for i in range(len(plan.layouts))]
+        column = slab.of(starts)
+        rows, unit_rows = plan.tile_rows, plan.grid.unit_rows
+        items = plan.row_warps * rows * unit_rows
+        for n in range(plan.row_tiles):
+            self._share_sums(sums, n)
+            ptx.barrier()
+            for start in range(0, items, self.threads):
+                item = self.thread + start
+                row_warp = item // (rows * unit_rows)
+                within = item - row_warp * (rows * unit_rows)
+                row = within // unit_rows
+                out = within - row * unit_rows
+                out_row = (slab.row_group * plan.row_warps + row_warp) * unit_rows + out
+                valid = ptx.both(item < items, ptx.both(out_row < out_features, row + 8 * n < plan.rows))
+                with ptx.when(valid):
+                    source = self.shared + ((row_warp * (plan.column_warps * rows) + row) * unit_rows + out) * 4
+                    value = ptx.load_shared_float(source)
+                    for warp in range(1, plan.column_warps):
+                        value = ptx.add(value, ptx.load_shared_float(source + warp * (rows * unit_rows * 4)))
+                    place = self.output.at(
+                        ((base_slot + slot) * plan.rows + row + 8 * n) * plan.out_features + column + out_row, 4
+                    )
+                    ptx.store_global_float(place, value)
+                    for more in range(1, plan.slots_per_group):
+                        # The last block of a row group clears the slots that no block fills.
+                        with ptx.when(ptx.both(ends_group, slot + more < plan.slots_per_group)):
+                            far = place.offset(more * plan.rows * plan.out_features * 4)
+                            ptx.store_global_float(far, ptx.float_constant(0.0))
+            ptx.barrier()
+
+    def _share_sums(self, sums: list, n: int) -> None:
+        """Writes the sums of one run of rows to shared memory, [warp][row][output]."""
+        plan = self.plan
+        length, planes, tiles = plan.grid.layout.vector_len, plan.grid.planes, plan.order.tiles
+        component = self.lane >> 2
+        for tile in range(tiles):
+            at = 4 * (tile * plan.row_tiles + n)
+            values = list(sums[at : at + 4])
+            if plan.shared_tail:
+                residual = sums[at + 4 * tiles * plan.row_tiles :][:4]
+                # Components 8.. of the residual sum lie four threads' rows further down.
+                moved = [ptx.shuffle_xor(value, 16) for value in residual[2:]]
+                values = [ptx.add(a, b) for a, b in zip(values, [*residual[:2], *moved], strict=True)]
+            for i, value in enumerate(values):
+                upper, odd = divmod(i, 2)
+                row = (self.lane & 3) * 2 + odd
+                if planes == 1:
+                    out, limit = component + (2 * tile + upper) * length, length
+                else:
+                    out, limit = component + (tile * length + 8 * upper), length - 8 * upper
+                valid = row < plan.tile_rows
+                if limit < 8:
+                    valid = ptx.both(valid, component < limit)
+                place = self.shared + ((self.warp * plan.tile_rows + row) * plan.grid.unit_rows + out) * 4
+                with ptx.when(valid):
+                    ptx.store_shared_float(place, value)

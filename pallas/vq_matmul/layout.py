@@ -1,0 +1,340 @@
+"""The kernel order of a quantized weight: `relayout` from the checkpoint order, `restore` back.
+
+The kernel multiplies 16x16 blocks of the weight on the tensor cores. Each thread of a warp looks
+up one centroid per block, so a *unit* of the kernel order holds, thread by thread, the entries a
+warp consumes together: `tiles` blocks down the output rows times `steps` blocks along the input
+columns. One vector fills half of a block's rows when v <= 8 (a block holds two vectors, 32
+streams), or all of them when 8 < v <= 16 (16 streams, each read by two threads).
+
+A stream of tiles * steps entries is packed without gaps, exactly log2(k) + log2(k_r) bits an
+entry, and the words of all streams interleave so that every load of a warp is contiguous.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt
+
+from vptq_jax.array import VQArray
+from vptq_jax.packing import pack_indices, unpack_indices
+from vptq_jax.spec import VQLayout
+
+_TARGET_UNITS = 2 * 132 * 16  # Units a large GPU wants: two for each of 16 warps on 132 processors.
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """How many blocks a unit spans.
+
+    Attributes:
+        tiles: blocks down the output rows.
+        steps: blocks along the input columns, an even number.
+    """
+
+    tiles: int
+    steps: int
+
+    @property
+    def entries(self) -> int:
+        """Entries of one stream of a unit."""
+        return self.tiles * self.steps
+
+    @property
+    def columns(self) -> int:
+        """Input columns of a unit."""
+        return 16 * self.steps
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitGrid:
+    """The units of one weight in one order, all static."""
+
+    layout: VQLayout
+    order: Order
+
+    @property
+    def planes(self) -> int:
+        """Runs of 8 components that a vector takes, 1 or 2."""
+        return -(-self.layout.vector_len // 8)
+
+    @property
+    def streams(self) -> int:
+        """Streams of entries in a unit, one a thread (or a pair of threads)."""
+        return 32 // self.planes
+
+    @property
+    def unit_vectors(self) -> int:
+        """Vectors of one column in a unit."""
+        return 2 * self.order.tiles // self.planes
+
+    @property
+    def unit_rows(self) -> int:
+        """Output rows of a unit."""
+        return self.unit_vectors * self.layout.vector_len
+
+    @property
+    def row_units(self) -> int:
+        """Units down the output rows, the last one padded."""
+        return -(-self.layout.num_vectors // self.unit_vectors)
+
+    @property
+    def column_units(self) -> int:
+        """Units along the input columns of a group, the last one padded."""
+        return -(-self.layout.group_size // self.order.columns)
+
+    @property
+    def padded_columns(self) -> int:
+        """Input columns of a group, padded to whole units."""
+        return self.column_units * self.order.columns
+
+    @property
+    def bits(self) -> int:
+        """Bits of an entry: main and residual index."""
+        return self.layout.index_bits + self.layout.res_index_bits
+
+    @property
+    def stream_words(self) -> int:
+        """32-bit words of a stream."""
+        return self.order.entries * self.bits // 32
+
+    @property
+    def words_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the packed words of a weight."""
+        return self.layout.num_groups, self.row_units, self.column_units, self.streams * self.stream_words
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelArray:
+    """A weight [out_features, in_features] in kernel order: what `VQArray` holds, ready for the GPU kernels.
+
+    It is made for inference: `table`, `res_table`, `column_scale` and `centred_offset` derive from
+    the codebooks, scale and offset at the time of `relayout`.
+
+    Attributes:
+        words: packed indices, uint32 [G, row units, column units, words of a unit].
+        table: [G, k, 8 or 16], the codebook less its mean (where there is an offset to take the
+            mean up), components padded with zeros.
+        res_table: [G, k_r, 8 or 16], or None.
+        columns: int32 [G * padded columns], original column of each kernel column, or None for the identity.
+        column_scale: float32 [G * padded columns], zero in the padding.
+        centred_offset: float32 [in_features], offset plus scale times codebook mean, or None.
+        codebook, res_codebook, outlier_indices, outlier_codebook, scale, offset, perm: as in `VQArray`.
+        layout: the static shape facts.
+        order: the unit of the kernel order.
+    """
+
+    words: UInt[Array, "G rows columns words"]
+    table: Float[Array, "G k p"]
+    res_table: Float[Array, "G kr p"] | None
+    columns: Int[Array, " n"] | None
+    column_scale: Float[Array, " n"]
+    centred_offset: Float[Array, " in"] | None
+    codebook: Float[Array, "G k v"]
+    res_codebook: Float[Array, "G kr v"] | None
+    outlier_indices: UInt[Array, "n_o o"] | None
+    outlier_codebook: Float[Array, "ko vo"] | None
+    scale: Float[Array, " in"] | None
+    offset: Float[Array, " in"] | None
+    perm: Int[Array, " in"] | None
+    layout: VQLayout
+    order: Order
+
+    @property
+    def grid(self) -> UnitGrid:
+        """The units of this weight."""
+        return UnitGrid(self.layout, self.order)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.layout.out_features, self.layout.in_features
+
+    @property
+    def dtype(self) -> Any:
+        """dtype of the activations that the kernels take."""
+        return self.table.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device, everything included."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+_SHARED_FIELDS = ("codebook", "res_codebook", "outlier_indices", "outlier_codebook", "scale", "offset", "perm")
+KERNEL_FIELDS = ("words", "table", "res_table", "columns", "column_scale", "centred_offset", *_SHARED_FIELDS)
+
+jax.tree_util.register_dataclass(KernelArray, data_fields=list(KERNEL_FIELDS), meta_fields=["layout", "order"])
+
+
+def unsupported(layout: VQLayout, dtype: Any) -> str | None:
+    """Why the kernels cannot multiply such a weight with activations of a dtype, or None."""
+    if layout.vector_len > 16:
+        return f"vector length {layout.vector_len} is above 16"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"the dtype is {jnp.dtype(dtype)}; the tensor cores take bfloat16 or float16"
+    return None
+
+
+def choose_order(layouts: Sequence[VQLayout]) -> Order:
+    """One order for weights that run in one launch: the largest unit that still gives every warp work."""
+    layout = layouts[0]
+    bits = layout.index_bits + layout.res_index_bits
+    streamed = max(layout.num_centroids, layout.num_res_centroids) > 8192
+    candidates = [(4, 2), (2, 2), (4, 4)] if streamed else [(4, 4), (4, 2), (2, 2)]
+    fitting = [Order(*c) for c in [*candidates, (4, 8)] if c[0] * c[1] * bits % 32 == 0]
+    for order in fitting:
+        units = sum(math.prod(UnitGrid(part, order).words_shape[:3]) for part in layouts)
+        if units >= _TARGET_UNITS:
+            return order
+    return min(fitting, key=lambda order: order.entries)
+
+
+def relayout(weight: VQArray, order: Order | None = None, *, dtype: Any = None) -> KernelArray:
+    """The weight in kernel order; no bit of it is lost, `restore` gives it back.
+
+    Args:
+        weight: the weight in checkpoint order.
+        order: the unit; by default chosen for this weight alone.
+        dtype: dtype of the activations to come, bfloat16 or float16; by default that of the codebooks.
+
+    Raises:
+        NotImplementedError: the kernels cannot hold this weight (the message says why).
+    """
+    dtype = jnp.dtype(dtype or weight.dtype)
+    reason = unsupported(weight.layout, dtype)
+    if reason:
+        raise NotImplementedError(f"no kernel order for this weight: {reason}")
+    return _relayout(weight, order or choose_order([weight.layout]), dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("order", "dtype"))
+def _relayout(weight: VQArray, order: Order, dtype: Any) -> KernelArray:
+    grid = UnitGrid(weight.layout, order)
+    main, residual = weight.unpack()
+    means = None if weight.offset is None else weight.codebook.astype(jnp.float32).mean(axis=(1, 2))
+    columns, column_scale = _kernel_columns(weight, grid)
+    shared = {field: getattr(weight, field) for field in _SHARED_FIELDS}
+    return KernelArray(
+        words=_pack_units(_to_streams(main, grid), None if residual is None else _to_streams(residual, grid), grid),
+        table=_table(weight.codebook, means, grid.planes, dtype),
+        res_table=None if weight.res_codebook is None else _table(weight.res_codebook, None, grid.planes, dtype),
+        columns=columns,
+        column_scale=column_scale,
+        centred_offset=None if means is None else _centred_offset(weight, means),
+        **shared,
+        layout=weight.layout,
+        order=order,
+    )
+
+
+@jax.jit
+def restore(kernel: KernelArray) -> VQArray:
+    """Inverse of `relayout`, bit for bit."""
+    grid, layout = kernel.grid, kernel.layout
+    main, residual = _unpack_units(kernel.words, grid)
+    main = _from_streams(main, grid)
+    residual = None if residual is None else _from_streams(residual, grid)
+    indices = pack_indices(main, residual, layout.index_bits, layout.res_index_bits)
+    return VQArray(indices=indices, **{field: getattr(kernel, field) for field in _SHARED_FIELDS}, layout=layout)
+
+
+def kernel_columns(x: Float[Array, "m in"], kernel: KernelArray) -> Float[Array, "m n"]:
+    """Activations permuted, scaled and padded as the kernel reads them, in the dtype of the tables."""
+    gathered = x if kernel.columns is None else x[:, kernel.columns]
+    return (gathered.astype(jnp.float32) * kernel.column_scale).astype(kernel.table.dtype)
+
+
+def outlier_product(x: Float[Array, "m in"], kernel: KernelArray) -> Float[Array, "m out"]:
+    """The outlier columns' share of the product, float32."""
+    layout = kernel.layout
+    assert kernel.outlier_indices is not None
+    assert kernel.outlier_codebook is not None
+    take = slice(0, layout.outlier_size)
+    columns = jnp.arange(layout.outlier_size) if kernel.perm is None else kernel.perm[take]
+    gathered = x[:, columns].astype(jnp.float32)
+    if kernel.scale is not None:
+        gathered = gathered * kernel.scale[columns].astype(jnp.float32)
+    vectors = kernel.outlier_codebook[kernel.outlier_indices]
+    product = jnp.einsum("mc,ncd->mnd", gathered.astype(vectors.dtype), vectors, preferred_element_type=jnp.float32)
+    return product.reshape(x.shape[0], -1)[:, : layout.out_features]
+
+
+def _kernel_columns(weight: VQArray, grid: UnitGrid) -> tuple[Array | None, Array]:
+    layout = weight.layout
+    original = jnp.arange(layout.in_features, dtype=jnp.int32) if weight.perm is None else weight.perm
+    original = original[layout.outlier_size :].reshape(layout.num_groups, layout.group_size)
+    scale = jnp.ones(layout.in_features) if weight.scale is None else weight.scale
+    padding = ((0, 0), (0, grid.padded_columns - layout.group_size))
+    column_scale = jnp.pad(scale.astype(jnp.float32)[original], padding).reshape(-1)
+    identity = weight.perm is None and not layout.outlier_size and not padding[1][1]
+    return None if identity else jnp.pad(original, padding).reshape(-1), column_scale
+
+
+def _table(
+    codebook: Float[Array, "G k v"], means: Float[Array, " G"] | None, planes: int, dtype: Any
+) -> Float[Array, "G k p"]:
+    # Centred values round less: where columns are stored as minimum and range, a codebook's mean
+    # is several times its deviation.
+    if means is not None:
+        codebook = codebook.astype(jnp.float32) - means[:, None, None]
+    return jnp.pad(codebook.astype(dtype), ((0, 0), (0, 0), (0, 8 * planes - codebook.shape[-1])))
+
+
+def _centred_offset(weight: VQArray, means: Float[Array, " G"]) -> Float[Array, " in"]:
+    layout = weight.layout
+    mean = jnp.concatenate([jnp.zeros(layout.outlier_size), jnp.repeat(means, layout.group_size)])
+    if weight.perm is not None:
+        mean = jnp.zeros_like(mean).at[weight.perm].set(mean, unique_indices=True)
+    assert weight.offset is not None
+    scale = 1.0 if weight.scale is None else weight.scale.astype(jnp.float32)
+    return weight.offset.astype(jnp.float32) + mean * scale
+
+
+def _to_streams(index: UInt[Array, "G n gs"], grid: UnitGrid) -> UInt[Array, "G rows columns streams entries"]:
+    """Indices by unit and stream; within 32 columns a thread's 8 values of x are contiguous."""
+    groups, vectors, columns = index.shape
+    tiles, steps, per_tile = grid.order.tiles, grid.order.steps, 2 // grid.planes
+    padded_vectors = grid.row_units * grid.unit_vectors
+    index = jnp.pad(index, ((0, 0), (0, padded_vectors - vectors), (0, grid.padded_columns - columns)))
+    shape = (groups, grid.row_units, tiles, per_tile, grid.column_units, steps // 2, 4, 2, 2, 2)
+    #        G       row unit        tile   vector    column unit        pair        quad step half parity
+    return index.reshape(shape).transpose(0, 1, 4, 8, 3, 6, 9, 5, 7, 2).reshape(*grid.words_shape[:3], grid.streams, -1)
+
+
+def _from_streams(streams: UInt[Array, "G rows columns streams entries"], grid: UnitGrid) -> UInt[Array, "G n gs"]:
+    tiles, steps, per_tile = grid.order.tiles, grid.order.steps, 2 // grid.planes
+    groups, rows, columns = grid.words_shape[:3]
+    index = streams.reshape(groups, rows, columns, 2, per_tile, 4, 2, steps // 2, 2, tiles)
+    index = index.transpose(0, 1, 9, 4, 2, 7, 5, 8, 3, 6)
+    index = index.reshape(groups, rows * grid.unit_vectors, grid.padded_columns)
+    return index[:, : grid.layout.num_vectors, : grid.layout.group_size]
+
+
+def _load_widths(words: int) -> list[int]:
+    """A stream's words as loads of 4, 2 or 1."""
+    return [4] * (words // 4) + [width for width in (2, 1) if words % 4 & width]
+
+
+def _pack_units(main: Array, residual: Array | None, grid: UnitGrid) -> UInt[Array, "G rows columns words"]:
+    packed = pack_indices(main, residual, grid.layout.index_bits, grid.layout.res_index_bits)
+    borders = np.cumsum(_load_widths(grid.stream_words))[:-1].tolist()
+    loads = jnp.split(packed, borders, axis=-1)
+    return jnp.concatenate([load.reshape(*load.shape[:3], -1) for load in loads], axis=-1)
+
+
+def _unpack_units(words: UInt[Array, "G rows columns words"], grid: UnitGrid) -> tuple[Array, Array | None]:
+    widths = _load_widths(grid.stream_words)
+    borders = np.cumsum([grid.streams * width for width in widths])[:-1].tolist()
+    loads = jnp.split(words, borders, axis=-1)
+    packed = jnp.concatenate(
+        [load.reshape(*load.shape[:3], grid.streams, width) for load, width in zip(loads, widths, strict=True)], axis=-1
+    )
+    return unpack_indices(packed, grid.order.entries, grid.layout.index_bits, grid.layout.res_index_bits)

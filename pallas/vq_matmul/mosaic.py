@@ -1,0 +1,104 @@
+"""The Mosaic GPU implementation around the kernel: activations in, partial sums out, offset and outliers added."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vptq_jax.pallas.vq_matmul import layout as kernel_layout
+from vptq_jax.pallas.vq_matmul.dequantize import CONSTANT_ROWS, transposed_weight
+from vptq_jax.pallas.vq_matmul.kernel import partial_products
+from vptq_jax.pallas.vq_matmul.layout import KernelArray
+from vptq_jax.pallas.vq_matmul.plan import MAX_ROWS, MAX_ROWS_SHARED_TAIL, Config, Plan
+
+_KINDS = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16"}
+
+
+def one_launch(weights: Sequence[KernelArray]) -> bool:
+    """Whether one launch can run these weights: alike but for their number of outputs."""
+    first = weights[0]
+
+    def likeness(weight: KernelArray) -> Any:
+        return dataclasses.replace(weight.layout, out_features=1), weight.order, weight.table.dtype
+
+    return all(likeness(weight) == likeness(first) for weight in weights)
+
+
+def make_plan(weights: Sequence[KernelArray], rows: int, config: Config | None = None) -> Plan:
+    """The division of the work of one launch."""
+    first = weights[0]
+    return Plan(
+        layouts=tuple(weight.layout for weight in weights),
+        order=first.order,
+        rows=rows,
+        kind=_KINDS[jnp.dtype(first.table.dtype)],
+        config=config or Config(),
+    )
+
+
+def matmul(
+    x: Float[Array, "m in"], weights: Sequence[KernelArray], config: Config | None = None
+) -> tuple[Float[Array, "m out"], ...]:
+    """`x @ w.T` for each weight: in one launch for few rows, through the decoded weight for many."""
+    if x.shape[0] <= MAX_ROWS:
+        return _fused(x, weights, config)
+    return tuple(_decode_once(x, weight) for weight in weights)
+
+
+def _fused(
+    x: Float[Array, "m in"], weights: Sequence[KernelArray], config: Config | None
+) -> tuple[Float[Array, "m out"], ...]:
+    plan = make_plan(weights, x.shape[0], config)
+    if plan.shared_tail and x.shape[0] > MAX_ROWS_SHARED_TAIL:
+        pieces = (x[:MAX_ROWS_SHARED_TAIL], x[MAX_ROWS_SHARED_TAIL:])
+        products = zip(*(_fused(piece, weights, config) for piece in pieces), strict=True)
+        return tuple(jnp.concatenate(product) for product in products)
+    tables = [[weight.table] if weight.res_table is None else [weight.table, weight.res_table] for weight in weights]
+    xs = [_column_runs(x, weight) for weight in weights]
+    partials = partial_products(plan, xs, [weight.words for weight in weights], tables)
+    products: list[Array] = []
+    start = 0
+    for weight in weights:
+        stop = start + weight.layout.out_features
+        products.append(partials[:, :, start:stop].sum(axis=0) + _remainder(x, weight))
+        start = stop
+    return tuple(products)
+
+
+def _decode_once(x: Float[Array, "m in"], weight: KernelArray) -> Float[Array, "m out"]:
+    """The dense product in the dtype of the tables; the offset rides along as columns that meet ones."""
+    plan = make_plan([weight], 1, Config(cached_entries=0))
+    tables = [weight.table] if weight.res_table is None else [weight.table, weight.res_table]
+    dense = transposed_weight(plan, weight.words, tables)
+    columns = kernel_layout.kernel_columns(x, weight)
+    extra = jnp.zeros((x.shape[0], CONSTANT_ROWS), columns.dtype)
+    if weight.centred_offset is not None:
+        offset = jnp.sum(x.astype(jnp.float32) * weight.centred_offset, axis=1)
+        for i in range(3):  # A float32 is the sum of three shorter floats.
+            part = offset.astype(columns.dtype)
+            extra, offset = extra.at[:, i].set(part), offset - part.astype(jnp.float32)
+    product = jnp.concatenate([columns, extra], axis=1) @ dense
+    product = product[:, : weight.layout.out_features]
+    if weight.outlier_indices is None:
+        return product
+    return product + kernel_layout.outlier_product(x, weight)
+
+
+def _column_runs(x: Float[Array, "m in"], weight: KernelArray) -> Float[Array, "blocks m 32"]:
+    columns = kernel_layout.kernel_columns(x, weight)
+    return columns.reshape(x.shape[0], -1, 32).transpose(1, 0, 2)
+
+
+def _remainder(x: Float[Array, "m in"], weight: KernelArray) -> Float[Array, "m out"] | float:
+    """What the kernel leaves out: the offset, one number a row, and the outlier columns."""
+    remainder: Any = 0.0
+    if weight.centred_offset is not None:
+        offset = jnp.sum(x.astype(jnp.float32) * weight.centred_offset, axis=1, keepdims=True)
+        remainder = remainder + offset
+    if weight.outlier_indices is not None:
+        remainder = remainder + kernel_layout.outlier_product(x, weight)
+    return remainder

@@ -1,0 +1,245 @@
+"""How one launch of the kernel divides its work: static decisions made from shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from vptq_jax.pallas.ptx import SHARED_MEMORY_BYTES
+from vptq_jax.pallas.vq_matmul.layout import Order, UnitGrid
+from vptq_jax.spec import VQLayout
+
+MAX_ROWS = 64
+MAX_ROWS_SHARED_TAIL = 32  # Twice the sums take twice the registers.
+_RESERVED_BYTES = 2048  # Kept for the compiler's own use of shared memory.
+_ROW_BYTES = 16  # A centroid, or a plane of one: 8 values of 16 bits.
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What may be tuned without touching the stored order.
+
+    Attributes:
+        blocks: thread blocks, at most one a processor.
+        column_warps: warps of a block that share output rows and split the columns (a divisor of
+            the block's warps).
+        prefetch: units whose indices are loaded ahead.
+        replica_entries: a codebook is copied up to 8 times while copies times entries stay within this.
+        cached_entries: entries of a codebook too large for shared memory that are kept there
+            nevertheless, as far as they fit.
+    """
+
+    blocks: int = 132
+    column_warps: int = 4
+    prefetch: int = 1
+    replica_entries: int = 4096
+    cached_entries: int = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Book:
+    """Where one codebook lives during the launch.
+
+    Attributes:
+        entries: centroids.
+        bits: bits of an index.
+        shift: first bit of the index within an entry.
+        cached: leading centroids that lie in shared memory; the others are gathered through L2.
+        replicas: copies in shared memory.
+        planes: byte offset in shared memory of each plane.
+        ring: byte offset in shared memory of the buffer for centroids that come through L2.
+    """
+
+    entries: int
+    bits: int
+    shift: int
+    cached: int
+    replicas: int
+    planes: tuple[int, ...]
+    ring: int
+
+    @property
+    def streamed(self) -> bool:
+        """Whether some centroids come through L2."""
+        return self.cached < self.entries
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One launch: weights that share a layout except for out_features, times `rows` activations.
+
+    Slabs of `column_warps` units side by side are numbered part by part, group by group, row
+    group by row group; block c runs slabs c * total // blocks to (c + 1) * total // blocks. A row
+    group that falls to several blocks leaves one partial sum per block, in `slots`.
+    """
+
+    layouts: tuple[VQLayout, ...]
+    order: Order
+    rows: int
+    kind: Literal["bf16", "f16"]
+    config: Config
+
+    @property
+    def grids(self) -> tuple[UnitGrid, ...]:
+        """The units of each weight."""
+        return tuple(UnitGrid(layout, self.order) for layout in self.layouts)
+
+    @property
+    def grid(self) -> UnitGrid:
+        """The units of the first weight; what depends on columns and format holds for all."""
+        return self.grids[0]
+
+    @property
+    def row_tiles(self) -> int:
+        """Runs of 8 activations, the width of a tensor-core product."""
+        return -(-self.rows // 8)
+
+    @property
+    def tile_rows(self) -> int:
+        """Activations of a run."""
+        return min(self.rows, 8)
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block; fewer when the sums of many rows need the registers."""
+        sums = self.row_tiles * self.order.tiles * (2 if self.shared_tail else 1)
+        return 16 if sums <= 8 else 8
+
+    @property
+    def column_warps(self) -> int:
+        """Warps of a block that split the columns, such that they divide evenly if possible."""
+        return math.gcd(self.config.column_warps, self.warps)
+
+    @property
+    def row_warps(self) -> int:
+        """Warps of a block side by side down the output rows."""
+        return self.warps // self.column_warps
+
+    @property
+    def slabs_per_row_group(self) -> int:
+        """Slabs along the columns of a group."""
+        return -(-self.grid.column_units // self.column_warps)
+
+    @property
+    def row_groups(self) -> tuple[int, ...]:
+        """Row groups of each weight."""
+        return tuple(-(-grid.row_units // self.row_warps) for grid in self.grids)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First slab of each weight, and the number of all slabs."""
+        starts = [0]
+        for groups in self.row_groups:
+            starts.append(starts[-1] + self.grid.layout.num_groups * groups * self.slabs_per_row_group)
+        return tuple(starts)
+
+    @property
+    def total(self) -> int:
+        """All slabs."""
+        return self.starts[-1]
+
+    @property
+    def blocks(self) -> int:
+        """Thread blocks; none is without work."""
+        return min(self.config.blocks, self.total)
+
+    def block_of(self, slab: int) -> int:
+        """The block that runs a slab."""
+        return ((slab + 1) * self.blocks - 1) // self.total
+
+    @property
+    def slots_per_group(self) -> int:
+        """Most blocks that share one row group."""
+        size = self.slabs_per_row_group
+        return max(self.block_of(start + size - 1) - self.block_of(start) + 1 for start in range(0, self.total, size))
+
+    @property
+    def slots(self) -> int:
+        """Partial sums of every output."""
+        return self.grid.layout.num_groups * self.slots_per_group
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of all weights together."""
+        return sum(layout.out_features for layout in self.layouts)
+
+    @property
+    def sum_bytes(self) -> int:
+        """Shared memory through which the warps of a block add their sums."""
+        return self.warps * self.grid.unit_rows * self.tile_rows * 4
+
+    @property
+    def shared_tail(self) -> bool:
+        """Whether components 8.. of main and residual centroids share one table.
+
+        With v <= 12 both tails fit one 16-byte row: components 8-11 of the main codebook's entry,
+        then those of the residual codebook's entry. The two products then need sums of their own.
+        """
+        layout = self.grid.layout
+        if not 8 < layout.vector_len <= 12 or not layout.num_res_centroids:
+            return False
+        entries = layout.num_centroids + layout.num_res_centroids
+        most = SHARED_MEMORY_BYTES - _RESERVED_BYTES
+        tail = max(layout.num_centroids, layout.num_res_centroids)
+        sums = 16 * self.grid.unit_rows * self.tile_rows * 4
+        return (2 * entries * _ROW_BYTES + sums > most) and (entries + tail) * _ROW_BYTES + sums <= most
+
+    @property
+    def added(self) -> bool:
+        """Whether main and residual centroids are added before the product instead of in its accumulator.
+
+        The sum is rounded once more, but many rows then need half the products.
+        """
+        return bool(self.grid.layout.num_res_centroids) and self.row_tiles > 1 and not self.shared_tail
+
+    @property
+    def books(self) -> tuple[Book, ...]:
+        """Main codebook and, if there is one, residual codebook."""
+        layout, planes = self.grid.layout, self.grid.planes
+        sizes = [layout.num_centroids, layout.num_res_centroids][: 2 if layout.num_res_centroids else 1]
+        bits = [layout.index_bits, layout.res_index_bits]
+        shifts = [0, layout.index_bits]
+        offset = self.sum_bytes
+        if self.shared_tail:
+            tail = offset + sum(sizes) * _ROW_BYTES
+            heads = [offset, offset + sizes[0] * _ROW_BYTES]
+            return tuple(Book(size, bits[i], shifts[i], size, 1, (heads[i], tail), 0) for i, size in enumerate(sizes))
+        free = SHARED_MEMORY_BYTES - _RESERVED_BYTES - offset
+        row = planes * _ROW_BYTES
+        ring = self.warps * self.order.entries * 32 * _ROW_BYTES
+        resident = [size * row for size in sizes]
+        streamed = [False] * len(sizes)
+        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # The largest leaves first.
+            if sum(ring if s else r for s, r in zip(streamed, resident, strict=True)) > free:
+                streamed[i] = True
+        free -= sum(ring if s else r for s, r in zip(streamed, resident, strict=True))
+        books = []
+        for i, size in enumerate(sizes):
+            replicas, cached = 1, size
+            if streamed[i]:
+                cached = max(0, min(size - 1, self.config.cached_entries, free // row))
+                free -= cached * row
+            else:
+                while (
+                    replicas < 8
+                    and 2 * replicas * size <= self.config.replica_entries
+                    and replicas * size * row <= free
+                ):
+                    free -= replicas * size * row
+                    replicas *= 2
+            plane_bytes = cached * replicas * _ROW_BYTES
+            offsets = tuple(offset + plane * plane_bytes for plane in range(planes))
+            offset += planes * plane_bytes
+            books.append(Book(size, bits[i], shifts[i], cached, replicas, offsets, offset))
+            offset += ring if streamed[i] else 0
+        return tuple(books)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        if self.shared_tail:
+            tail = max(book.entries for book in self.books)
+            return self.books[0].planes[1] + tail * _ROW_BYTES
+        last = self.books[-1]
+        return last.ring + (self.warps * self.order.entries * 32 * _ROW_BYTES if last.streamed else 0)

@@ -1,0 +1,80 @@
+"""Weights that every implementation of `vq_matmul` is tested with."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vptq_jax.array import VQArray
+from vptq_jax.spec import VQSpec
+
+# (spec, out_features, in_features): every vector length, codebooks in and beyond shared memory,
+# residuals, groups, outliers, with and without normalization, shapes off every tile.
+CASES = [
+    ("v8-k256-256", 130, 320),
+    ("v8-k4096", 200, 264),
+    ("v6-k4096", 100, 264),
+    ("v8-k4096-4096", 136, 320),
+    ("v12-k4096-4096", 100, 320),
+    ("v10-k4096-4096", 64, 130),
+    ("v8-k65536", 128, 128),
+    ("v8-k65536-256", 72, 320),
+    ("v16-k65536-65536", 50, 128),
+    ("v8-k16384", 64, 128),
+    ("v8-k2048", 64, 520),
+    ("v4-k256", 66, 128),
+    ("v2-k16", 66, 128),
+    ("v16-k1024", 64, 128),
+    ("v12-k256-16", 60, 128),
+    ("v5-k32-nonorm-noperm", 33, 130),
+    ("v8-k256-256-g2-o1v4k256", 64, 516),
+    ("v12-k4096-4096-g4-o1v4k4096", 96, 400),
+]
+
+
+def random_weight(spec: str, out_features: int, in_features: int, dtype=jnp.bfloat16, seed: int = 0) -> VQArray:
+    """A weight with random indices; columns stored as minimum and range, as published checkpoints have them."""
+    parsed = VQSpec.parse(spec)
+    layout = parsed.layout(out_features, in_features)
+    keys = iter(jax.random.split(jax.random.key(seed), 9))
+
+    def indices(shape, entries):
+        return jax.random.randint(next(keys), shape, 0, entries).astype(jnp.uint32)
+
+    def codebook(shape, mean, deviation):
+        return (mean + deviation * jax.random.normal(next(keys), shape)).astype(dtype)
+
+    shape = (layout.num_groups, layout.num_vectors, layout.group_size)
+    books = (layout.num_groups, layout.num_centroids, layout.vector_len)
+    residual = layout.num_res_centroids > 0
+    fields = {}
+    if layout.outlier_size:
+        fields["outlier_indices"] = indices(
+            (layout.num_outlier_vectors, layout.outlier_size), layout.num_outlier_centroids
+        )
+        fields["outlier_codebook"] = codebook((layout.num_outlier_centroids, layout.outlier_vector_len), 0.5, 0.15)
+    if parsed.normalize:
+        scale = 0.2 * jnp.exp(0.3 * jax.random.normal(next(keys), (in_features,)))
+        fields["scale"] = scale
+        fields["offset"] = 0.02 * jax.random.normal(next(keys), (in_features,)) - 0.5 * scale
+    if parsed.permute:
+        fields["perm"] = jax.random.permutation(next(keys), in_features)
+    return VQArray.from_indices(
+        layout,
+        indices(shape, layout.num_centroids),
+        indices(shape, layout.num_res_centroids) if residual else None,
+        codebook(books, 0.5 if parsed.normalize else 0.0, 0.15),
+        codebook((layout.num_groups, layout.num_res_centroids, layout.vector_len), 0.0, 0.05) if residual else None,
+        **fields,
+    )
+
+
+def float64_product(x, weight: VQArray) -> np.ndarray:
+    """`x @ w.T` in float64 from the definition of the format."""
+    dense = np.asarray(weight.dequantize(jnp.float32), np.float64)
+    return np.asarray(x, np.float64) @ dense.T
+
+
+def relative_error(found, expected: np.ndarray) -> float:
+    """Norm of the difference over the norm of what is expected; NaN counts as infinite."""
+    error = np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected)
+    return float("inf") if np.isnan(error) else float(error)

@@ -1,0 +1,315 @@
+"""`vq_matmul`: the kernel order, every implementation against float64, lowering, derivatives, transformations."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pallas_cases import CASES, float64_product, random_weight, relative_error
+
+from vptq_jax.pallas.vq_matmul import api, choose_order, layout, mosaic, relayout, restore, vq_matmul, vq_matmuls
+from vptq_jax.pallas.vq_matmul.layout import Order
+from vptq_jax.pallas.vq_matmul.plan import Config, Plan
+from vptq_jax.spec import VQSpec
+
+TOLERANCE = {jnp.bfloat16: 4e-3, jnp.float16: 1e-3}
+
+
+def _x(rows, columns, dtype=jnp.bfloat16):
+    return jax.random.normal(jax.random.key(rows), (rows, columns), dtype)
+
+
+def _assert_same(first, second):
+    leaves = list(zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for a, b in leaves:
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+# --- the kernel order ---------------------------------------------------------------------------
+
+
+@settings(max_examples=8)
+@given(
+    vector_len=st.integers(1, 16),
+    bits=st.integers(1, 9),
+    res_bits=st.integers(0, 9),
+    out_features=st.integers(1, 140),
+    columns=st.integers(1, 90),
+    groups=st.integers(1, 3),
+    order=st.sampled_from([Order(4, 8), Order(2, 16), Order(8, 4)]),
+)
+def test_relayout_loses_nothing(vector_len, bits, res_bits, out_features, columns, groups, order):
+    spec = f"v{vector_len}-k{1 << bits}" + (f"-{1 << res_bits}" if res_bits else "") + f"-g{groups}"
+    weight = random_weight(spec, out_features, columns * groups)
+    _assert_same(weight, restore(relayout(weight, order)))
+
+
+@pytest.mark.parametrize(("spec", "out_features", "in_features"), CASES)
+def test_chosen_order_loses_nothing(spec, out_features, in_features):
+    weight = random_weight(spec, out_features, in_features)
+    _assert_same(weight, restore(relayout(weight)))
+
+
+@pytest.mark.parametrize(("spec", "bits"), [("v8-k256-256", 16), ("v8-k4096", 12), ("v8-k256", 8), ("v8-k2048", 11)])
+def test_kernel_order_moves_exactly_the_index_bits(spec, bits):
+    weight = VQSpec.parse(spec).layout(1024, 4096)
+    grid = layout.UnitGrid(weight, choose_order([weight]))
+    assert 32 * np.prod(grid.words_shape) == weight.num_vectors * weight.group_size * bits
+
+
+def test_stream_of_a_thread():
+    """One index, followed by hand from its vector and column to its thread and entry."""
+    weight = random_weight("v8-k256-nonorm-noperm", 64, 128)
+    order = Order(4, 8)
+    main, _ = weight.unpack()
+    streams = layout._to_streams(main, layout.UnitGrid(weight.layout, order))
+    # Block 2 of the unit's rows, its second vector; columns 32 * 1 + 8 * 3 + 4 * 1 + 2 * 1 + 0.
+    thread, entry = 2 * 3 + 8 * 1 + 16 * 1, (2 * 1 + 1) * 4 + 2
+    assert streams[0, 0, 0, thread, entry] == main[0, 5, 62]
+
+
+def test_relayout_says_why_it_cannot():
+    with pytest.raises(NotImplementedError, match="vector length 24"):
+        relayout(random_weight("v24-k16", 48, 32))
+    with pytest.raises(NotImplementedError, match="float32"):
+        relayout(random_weight("v8-k16", 48, 32, jnp.float32))
+
+
+# --- the division of the work -------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    outs=st.lists(st.integers(1, 3000), min_size=1, max_size=3),
+    columns=st.integers(1, 3000),
+    groups=st.integers(1, 3),
+    rows=st.integers(1, 64),
+    blocks=st.integers(1, 132),
+    column_warps=st.sampled_from([1, 2, 4, 16]),
+)
+def test_every_row_group_has_slots_for_its_blocks(outs, columns, groups, rows, blocks, column_warps):
+    layouts = tuple(VQSpec.parse(f"v8-k256-g{groups}").layout(out, columns * groups) for out in outs)
+    plan = Plan(layouts, Order(4, 4), rows, "bf16", Config(blocks, column_warps))
+    size = plan.slabs_per_row_group
+    for start in range(0, plan.total, size):
+        owners = {plan.block_of(slab) for slab in range(start, start + size)}
+        assert owners == set(range(min(owners), max(owners) + 1))
+        assert len(owners) <= plan.slots_per_group
+    for slab in range(plan.total):
+        block = plan.block_of(slab)
+        assert block * plan.total // plan.blocks <= slab < (block + 1) * plan.total // plan.blocks
+
+
+@pytest.mark.parametrize(("spec", "out_features", "in_features"), CASES)
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_shared_memory_fits(spec, out_features, in_features, rows):
+    kernel = jax.eval_shape(relayout, random_weight(spec, out_features, in_features))
+    plan = mosaic.make_plan([kernel], rows)
+    assert plan.shared_bytes <= 227 * 1024
+    for book in plan.books:
+        assert all(offset % 16 == 0 for offset in book.planes)
+
+
+# --- lowering -----------------------------------------------------------------------------------
+
+
+def _lower(function, *arguments):
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    return text
+
+
+@pytest.mark.parametrize(("spec", "out_features", "in_features"), CASES)
+@pytest.mark.parametrize("rows", [1, 8, 33, 64, 100])
+def test_lowers_to_cuda(spec, out_features, in_features, rows):
+    kernel = jax.eval_shape(relayout, random_weight(spec, out_features, in_features))
+    x = jax.ShapeDtypeStruct((rows, in_features), jnp.bfloat16)
+    _lower(lambda x, w: mosaic.matmul(x, [w]), x, kernel)
+
+
+def test_alike_weights_share_one_launch():
+    order = Order(4, 4)
+    kernels = [relayout(random_weight("v8-k256-256", out, 256, seed=out), order) for out in (128, 64, 64)]
+    text = _lower(lambda x, w: api._matmuls(x, w), _x(3, 256), kernels)
+    assert text.count("mosaic_gpu_v2") == 1 or text.count("custom_call @mosaic_gpu") == 1
+
+
+# --- the api ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("spec", "out_features", "in_features"), CASES[:1] + CASES[-2:])
+def test_xla_takes_either_order(spec, out_features, in_features):
+    weight = random_weight(spec, out_features, in_features)
+    x = _x(3, in_features)
+    expected = vq_matmul(x, weight, implementation="xla")
+    np.testing.assert_array_equal(expected, vq_matmul(x, relayout(weight), implementation="xla"))
+    assert relative_error(expected, float64_product(x, weight)) < 4e-3
+
+
+def test_several_weights_and_leading_axes():
+    weights = [random_weight("v8-k16", out, 96, seed=out) for out in (40, 24)]
+    x = _x(6, 96).reshape(2, 3, 96)
+    first, second = vq_matmuls(x, weights)
+    assert first.shape == (2, 3, 40)
+    np.testing.assert_array_equal(second, vq_matmul(x, weights[1]))
+
+
+def test_no_rows():
+    assert vq_matmul(jnp.zeros((0, 96)), random_weight("v8-k16", 40, 96)).shape == (0, 40)
+
+
+def test_bad_input_is_named():
+    weight = random_weight("v8-k16", 40, 96)
+    with pytest.raises(ValueError, match="in_features = 96"):
+        vq_matmul(jnp.zeros((2, 95)), weight)
+    with pytest.raises(ValueError, match="int32"):
+        vq_matmul(jnp.zeros((2, 96), jnp.int32), weight)
+    with pytest.raises(NotImplementedError, match="magic"):
+        vq_matmul(jnp.zeros((2, 96)), weight, implementation="magic")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="tests the CPU's answer")
+def test_mosaic_on_cpu_says_why_not():
+    weight = random_weight("v8-k16", 40, 96)
+    with pytest.raises(NotImplementedError, match="'cpu'"):
+        vq_matmul(_x(2, 96), weight, implementation="mosaic")
+
+
+def test_the_choice_is_logged_once(caplog):
+    api._log_choice.cache_clear()
+    weight = random_weight("v8-k16", 40, 96)
+    with caplog.at_level(logging.INFO, logger="vptq_jax"):
+        for _ in range(3):
+            vq_matmul(_x(2, 96), weight)
+    assert len([r for r in caplog.records if "vq_matmul runs as" in r.message]) == 1
+
+
+# --- derivatives and transformations: the kernel replaced by the reference, so that they run anywhere ---
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The kernel path of the api with the reference in the kernel's place."""
+
+    def matmul(x, weights):
+        assert x.ndim == 2
+        return tuple(x.astype(jnp.float32) @ restore(weight).dequantize().T for weight in weights)
+
+    monkeypatch.setattr(mosaic, "matmul", matmul)
+    monkeypatch.setattr(api, "_why_not_mosaic", lambda *_: None)
+
+
+def test_derivatives_are_those_of_the_reference(stand_in):
+    weight = random_weight("v4-k16-8-g2-o2v2k8", 20, 34)
+    weight = jax.tree.map(lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a, weight)
+    kernel = dataclasses.replace(
+        relayout(jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, weight)),
+        **{name: getattr(weight, name) for name in api._FLOATS},
+    )
+    x = _x(3, 34, jnp.float32)
+    names = api._FLOATS
+
+    def loss(x, floats, base, implementation):
+        weight = dataclasses.replace(base, **dict(zip(names, floats, strict=True)))
+        return jnp.sum(jnp.sin(vq_matmul(x, weight, implementation=implementation)))
+
+    floats = [getattr(weight, name) for name in names]
+    expected = jax.grad(loss, (0, 1))(x, floats, weight, "xla")
+    found = jax.grad(loss, (0, 1))(x, floats, kernel, None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
+def test_vmap_over_x_adds_rows(stand_in):
+    kernel = relayout(random_weight("v8-k16", 40, 96))
+    x = _x(12, 96).reshape(3, 4, 96)
+    np.testing.assert_array_equal(jax.vmap(lambda x: vq_matmul(x, kernel))(x), vq_matmul(x, kernel))
+
+
+def test_vmap_over_weights(stand_in):
+    kernels = [relayout(random_weight("v8-k16", 40, 96, seed=seed)) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *kernels)
+    x = _x(4, 96)
+    batched = jax.vmap(vq_matmul, in_axes=(None, 0))(x, stacked)
+    for i, kernel in enumerate(kernels):
+        np.testing.assert_array_equal(batched[i], vq_matmul(x, kernel))
+
+
+def test_inside_while_loop(stand_in):
+    kernel = relayout(random_weight("v8-k16", 96, 96))
+    x = _x(2, 96)
+
+    @jax.jit
+    def three_times(x, kernel):
+        return jax.lax.fori_loop(0, 3, lambda _, x: vq_matmul(x, kernel), x)
+
+    expected = x
+    for _ in range(3):
+        expected = vq_matmul(expected, kernel)
+    np.testing.assert_allclose(
+        np.asarray(three_times(x, kernel), np.float32), np.asarray(expected, np.float32), rtol=2e-2, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+def test_lowers_inside_loops_and_shard_map(monkeypatch, rows):
+    monkeypatch.setattr(api, "_why_not_mosaic", lambda *_: None)
+    kernel = relayout(random_weight("v8-k256", 96, 96))
+    x = _x(rows, 96)
+    _lower(lambda x, w: jax.lax.fori_loop(0, 3, lambda _, x: vq_matmul(x, w), x), x, kernel)
+    _lower(lambda x, w: jax.grad(lambda x: vq_matmul(x, w).sum().astype(jnp.float32))(x), x, kernel)
+    mesh = jax.make_mesh((1,), ("data",))
+    split = jax.shard_map(
+        vq_matmul, mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P("data"), check_vma=False
+    )
+    _lower(split, x, kernel)
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+
+def _poison():
+    """Leaves NaN in the memory that the next outputs will take."""
+    garbage = [jnp.full(1 << 26, jnp.nan) for _ in range(4)]
+    jax.block_until_ready(garbage)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("spec", "out_features", "in_features"), CASES)
+@pytest.mark.parametrize("rows", [1, 5, 8, 33, 64, 100])
+def test_kernel_agrees_with_float64(spec, out_features, in_features, rows, dtype):
+    weight = random_weight(spec, out_features, in_features, dtype)
+    x = _x(rows, in_features, dtype)
+    product = jax.jit(lambda x, w: vq_matmul(x, w))
+    _poison()
+    found = product(x, relayout(weight))
+    assert relative_error(found, float64_product(x, weight)) <= TOLERANCE[dtype]
+    np.testing.assert_array_equal(found, product(x, relayout(weight)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2])
+def test_kernel_of_several_weights(groups):
+    weights = [random_weight(f"v8-k256-256-g{groups}", out, 512, seed=out) for out in (384, 128, 200)]
+    order = choose_order([weight.layout for weight in weights])
+    x = _x(2, 512)
+    products = vq_matmuls(x, [relayout(weight, order) for weight in weights])
+    for product, weight in zip(products, weights, strict=True):
+        assert relative_error(product, float64_product(x, weight)) <= 4e-3
+
+
+@pytest.mark.gpu
+def test_kernel_takes_checkpoint_order_and_differentiates():
+    weight = random_weight("v8-k256-256", 256, 512)
+    x = _x(4, 512)
+
+    def gradient(implementation):
+        return jax.grad(lambda x: vq_matmul(x, weight, implementation=implementation).astype(jnp.float32).sum())(x)
+
+    np.testing.assert_array_equal(gradient("mosaic"), gradient("xla"))

@@ -1,0 +1,353 @@
+"""Measured speed on the device at hand: one product, a whole decode loop, one quantization.
+
+Times of products are device times from the profiler; host clocks would add the launch.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from vptq_jax.array import VQArray, expected_shapes
+from vptq_jax.models.config import ModelConfig
+from vptq_jax.models.linear import Linear, VQLinear, prepare
+from vptq_jax.models.params import DenseSource
+from vptq_jax.pallas import device as pallas_device
+from vptq_jax.pallas.vq_matmul import choose_order, relayout, vq_matmul
+from vptq_jax.spec import VQLayout, VQSpec
+
+_CACHE_BYTES = 150_000_000  # Weights of one measurement take more, so that none stays in a GPU's L2.
+_TRACED_RUNS = 5
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_layers": 32, "num_heads": 32},
+    "llama2-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_layers": 40, "num_heads": 40},
+    "llama2-70b": {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_layers": 80, "num_heads": 64, "num_kv_heads": 8,
+    },
+    "llama3-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8,
+        "vocab_size": 128256,
+    },
+    "mistral-7b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8,
+    },
+}  # fmt: skip
+
+
+def model_config(shape: str) -> ModelConfig:
+    """A model's shape by name, one of `SHAPES`.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape is {shape!r}; expected one of {', '.join(SHAPES)}")
+    facts = {"vocab_size": 32000, "model_type": "llama", "max_position_embeddings": 4096, **SHAPES[shape]}
+    facts.setdefault("num_kv_heads", facts["num_heads"])
+    return ModelConfig(head_dim=facts["hidden_size"] // facts["num_heads"], **facts)
+
+
+def environment() -> dict[str, str]:
+    """Device and versions, to be written beside every figure."""
+    return {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulTime:
+    """One product `x @ w.T`.
+
+    Attributes:
+        spec: of the weight, or "bf16" for a dense product.
+        out_features, in_features, rows: shape of the product.
+        microseconds: median device time of the product's main kernel.
+        total_microseconds: device time of everything the product launches.
+        bytes: of the weight on the device.
+    """
+
+    spec: str
+    out_features: int
+    in_features: int
+    rows: int
+    microseconds: float
+    total_microseconds: float
+    bytes: int
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Weight bytes over the main kernel's time."""
+        return self.bytes / self.microseconds / 1e3
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSpeed:
+    """One run of the library's own decode loop.
+
+    Attributes:
+        shape, spec, batch, new_tokens: what ran; spec "bf16" is the dense model.
+        tokens_per_second: over all rows.
+        model_bytes: of all parameters; `cache_bytes` of keys and values.
+        resident_bytes: device memory in use beside the cache, None where the device does not say.
+        compile_seconds: prefill and decode programs, first call.
+    """
+
+    shape: str
+    spec: str
+    batch: int
+    new_tokens: int
+    tokens_per_second: float
+    model_bytes: int
+    cache_bytes: int
+    resident_bytes: int | None
+    compile_seconds: float
+
+
+def bench_matmul(
+    specs: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    rows: Sequence[int] = (1,),
+    *,
+    dtype: Any = jnp.bfloat16,
+    seed: int = 0,
+) -> list[MatmulTime]:
+    """Times products with random weights, and the dense product of the same shape in the same run.
+
+    Args:
+        specs: specs of the weights; the dense product is always among the results.
+        shapes: (out_features, in_features).
+        rows: rows of x.
+        dtype: of activations and codebooks.
+        seed: of the random weights.
+    """
+    times = []
+    for out_features, in_features in shapes:
+        for spec in ("bf16", *specs):
+            weights = _weights(spec, out_features, in_features, dtype, seed)
+            product = _dense if spec == "bf16" else vq_matmul
+            for count in rows:
+                x = jax.random.normal(jax.random.key(seed), (count, in_features), dtype)
+                main, total = _product_time(product, x, weights)
+                size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) // len(weights)
+                times.append(MatmulTime(spec, out_features, in_features, count, main, total, size))
+            del weights
+    return times
+
+
+def bench_decode(
+    shape: str,
+    specs: Sequence[str],
+    *,
+    batches: Sequence[int] = (1,),
+    new_tokens: int = 256,
+    dtype: Any = jnp.bfloat16,
+    dense: bool = True,
+    seed: int = 0,
+) -> list[DecodeSpeed]:
+    """Times the decode loop of random models: one prompt token, then `new_tokens` (the paper's measurement).
+
+    Args:
+        shape: one of `SHAPES`.
+        specs: specs of the decoder's linear layers.
+        batches: rows decoded together.
+        new_tokens: tokens generated.
+        dtype: of activations, codebooks and dense weights.
+        dense: also run the dense model, first.
+        seed: of the random weights.
+    """
+    config = model_config(shape)
+    speeds = []
+    for spec in (*(["bf16"] if dense else []), *specs):
+        model = random_model(config, None if spec == "bf16" else spec, dtype, seed)
+        speeds += [_decode_speed(model, shape, spec, batch, new_tokens) for batch in batches]
+        del model
+        gc.collect()
+    return speeds
+
+
+def bench_quantize(
+    specs: Sequence[str], out_features: int, in_features: int, *, seed: int = 0, **options: Any
+) -> list[dict[str, Any]]:
+    """Times `quantize_weight` on a random weight and Hessian; the second of two runs, so that nothing compiles.
+
+    Returns:
+        one row a spec: spec, seconds, weights_per_second, and the relative proxy error.
+    """
+    from vptq_jax.quantize.weight import quantize_weight
+
+    keys = jax.random.split(jax.random.key(seed), 3)
+    weight = 0.02 * jax.random.normal(keys[0], (out_features, in_features))
+    inputs = jax.random.normal(keys[1], (2 * in_features, in_features))
+    hessian = inputs.T @ inputs / inputs.shape[0]
+    rows = []
+    for spec in specs:
+        seconds = 0.0
+        for _ in range(2):
+            begin = time.perf_counter()
+            array, stats = quantize_weight(weight, hessian, spec, key=keys[2], **options)
+            jax.block_until_ready(array)
+            seconds = time.perf_counter() - begin
+        size = out_features * in_features
+        rows.append({"spec": spec, "seconds": seconds, "weights_per_second": size / seconds, "error": stats["error"]})
+    return rows
+
+
+def device_times(run: Callable[[], Any], repeats: int = _TRACED_RUNS) -> dict[str, list[float]]:
+    """Device time of every kernel that `run` launches, in microseconds by kernel name, over `repeats` calls.
+
+    Raises:
+        NotImplementedError: the default device is no GPU; its profiler names no kernels.
+    """
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError(f"device times need a GPU; the default device is {jax.default_backend()!r}")
+    jax.block_until_ready(run())
+    times: dict[str, list[float]] = collections.defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(repeats):
+                result = run()
+            jax.block_until_ready(result)
+        trace = next(Path(folder).rglob("*.xplane.pb"))
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+            if "GPU" not in plane.name:
+                continue
+            for line in plane.lines:
+                if "Stream" in line.name:
+                    for event in line.events:
+                        times[event.name].append(event.duration_ns / 1e3)
+    return dict(times)
+
+
+def random_weight(layout: VQLayout, key: Array, dtype: Any = jnp.bfloat16) -> VQArray:
+    """A weight of random bits, made on the device; normalized and permuted, standard deviation about 0.02."""
+    keys = iter(jax.random.split(key, 8))
+    fields: dict[str, Any] = {}
+    for name, shape in expected_shapes(layout, normalize=True, permute=True).items():
+        if shape is None:
+            fields[name] = None
+        elif name == "indices":
+            fields[name] = jax.random.bits(next(keys), shape, jnp.uint32)
+        elif name == "outlier_indices":
+            fields[name] = jax.random.randint(next(keys), shape, 0, layout.num_outlier_centroids).astype(jnp.uint16)
+        elif name == "perm":
+            fields[name] = jax.random.permutation(next(keys), layout.in_features).astype(jnp.int32)
+        elif name == "scale":
+            fields[name] = jnp.full(shape, 0.02, dtype)
+        elif name == "offset":
+            fields[name] = 1e-3 * jax.random.normal(next(keys), shape, dtype)
+        else:
+            fields[name] = jax.random.normal(next(keys), shape, dtype)
+    return VQArray(**fields, layout=layout)
+
+
+def random_model(config: ModelConfig, spec: str | None, dtype: Any = jnp.bfloat16, seed: int = 0) -> Any:
+    """A decoder with random weights made on the device, dense or quantized, in kernel order where a kernel runs."""
+    from vptq_jax.models.registry import build
+
+    model = build(config, _RandomSource(jax.random.key(seed), dtype, spec))
+    prepare(model.linears(), dtype)
+    return model
+
+
+class _RandomSource(DenseSource):
+    """Random parameters made on the device; decoder layers packed at once, so that no dense copy ever exists."""
+
+    def __init__(self, key: Array, dtype: Any, spec: str | None):
+        self.key, self.dtype = key, dtype
+        self.spec = None if spec is None else VQSpec.parse(spec)
+        self._count = 0
+
+    def _next_key(self) -> Array:
+        self._count += 1
+        return jax.random.fold_in(self.key, self._count)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Array:
+        """Ones for norms, normal values otherwise."""
+        if name.endswith("norm.weight"):
+            return jnp.ones(shape, self.dtype)
+        return _normal(self._next_key(), shape, jnp.dtype(self.dtype))
+
+    def linear(self, name: str, out_features: int, in_features: int, *, bias: bool) -> Linear | VQLinear:
+        """A quantized layer inside the decoder, a dense one elsewhere."""
+        if self.spec is None or not name.endswith("_proj"):
+            return super().linear(name, out_features, in_features, bias=bias)
+        layout = self.spec.layout(out_features, in_features)
+        weight = _random_weight(self._next_key(), layout, jnp.dtype(self.dtype))
+        return VQLinear(weight, self.tensor(f"{name}.bias", (out_features,)) if bias else None)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    return (0.02 * jax.random.normal(key, shape, dtype)).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random_weight(key: Array, layout: VQLayout, dtype: Any) -> VQArray:
+    return random_weight(layout, key, dtype)
+
+
+def _weights(spec: str, out_features: int, in_features: int, dtype: Any, seed: int) -> list[Any]:
+    """Enough weights that a run over all of them finds none in L2."""
+    key = jax.random.key(seed)
+    if spec == "bf16":
+        size, make = 2 * out_features * in_features, lambda key: _normal(key, (out_features, in_features), dtype)
+    else:
+        layout = VQSpec.parse(spec).layout(out_features, in_features)
+        order = choose_order([layout])
+        size = int(layout.nominal_bits * out_features * in_features / 8)
+
+        def make(key: Array) -> Any:
+            weight = _random_weight(key, layout, jnp.dtype(dtype))
+            return weight if pallas_device.why_no_mosaic() else relayout(weight, order, dtype=dtype)
+
+    return [make(jax.random.fold_in(key, i)) for i in range(1 + _CACHE_BYTES // size)]
+
+
+def _dense(x: Array, weight: Array) -> Array:
+    return jnp.einsum("mi,oi->mo", x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _product_time(product: Callable[[Array, Any], Array], x: Array, weights: list[Any]) -> tuple[float, float]:
+    """Microseconds of the longest kernel of a product (median), and of all its kernels."""
+    run = jax.jit(lambda x, weights: [product(x, weight) for weight in weights])
+    times = device_times(lambda: run(x, weights))
+    longest = max(times.values(), key=sum)
+    launches = max(1, round(len(longest) / _TRACED_RUNS / len(weights)))
+    total = sum(map(sum, times.values())) / _TRACED_RUNS / len(weights)
+    return float(np.median(longest)) * launches, total
+
+
+def _decode_speed(model: Any, shape: str, spec: str, batch: int, new_tokens: int) -> DecodeSpeed:
+    from vptq_jax.generate import generate
+
+    def run(tokens: int) -> Any:
+        return generate(model, [[1]] * batch, max_new_tokens=tokens, stop_tokens=(), return_result=True)
+
+    begin = time.perf_counter()
+    run(new_tokens)
+    compile_seconds = time.perf_counter() - begin
+    results = sorted((run(new_tokens) for _ in range(3)), key=lambda result: result.tokens_per_second)
+    memory = jax.devices()[0].memory_stats() or {}
+    config = model.config
+    return DecodeSpeed(
+        shape=shape,
+        spec=spec,
+        batch=batch,
+        new_tokens=new_tokens,
+        tokens_per_second=results[1].tokens_per_second,
+        model_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(model)),
+        cache_bytes=2 * config.num_layers * batch * config.num_kv_heads * (new_tokens + 1) * config.head_dim * 2,
+        resident_bytes=memory.get("bytes_in_use"),
+        compile_seconds=compile_seconds,
+    )
