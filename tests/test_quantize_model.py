@@ -380,6 +380,19 @@ def test_bad_hessians_are_named_before_work_starts(model, hessians, tmp_path, ma
     assert not list(tmp_path.iterdir())
 
 
+def test_dead_inputs_and_singular_hessians_are_handled_and_reported():
+    model = build(tiny_config(), RandomSource(jax.random.key(0), std=0.2))
+    norm = model.layers[1].input_layernorm.weight
+    norm.set_value(norm[...].at[jnp.array([3, 8])].set(0))
+    few = [np.arange(8)[None]]  # 8 tokens for 32 inputs: every Hessian is singular
+    quantized, report = quantize(model, config(), few, progress=False)
+    dead = {row["path"]: row["dead_columns"] for row in report.operators}
+    assert [path.rpartition(".")[2] for path, count in dead.items() if count] == ["q_proj", "k_proj", "v_proj"]
+    assert dead["model.layers.1.self_attn.k_proj"] == 2
+    assert all(np.isfinite(row["error"]) and row["damping"] > 0.0099 for row in report.operators)
+    assert np.isfinite(quantized(few[0])).all()
+
+
 def test_hessians_of_another_model(model, batches, made):
     other = build(tiny_config(), RandomSource(jax.random.key(1), std=0.2))
     hessians = collect_hessians(other, batches, progress=False)
