@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import safetensors
 import safetensors.flax
 
@@ -73,8 +72,7 @@ class WorkDir:
         try:
             with safetensors.safe_open(file, framework="flax") as tensors:
                 header = json.loads(tensors.metadata()["vptq_jax"])
-                # On the host first: a tensor that maps the file must not outlive it.
-                arrays = {name: jnp.array(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
+                arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
         except (safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{file} is damaged ({error}); delete it to quantize {path} again") from None
         _refuse_changes(header["inputs"], inputs, self.directory, f"made {path} from other inputs")
