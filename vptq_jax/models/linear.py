@@ -44,7 +44,7 @@ class Linear(nnx.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        out_features, in_features = self.weight.shape
+        out_features, in_features = self.weight.get_value().shape
         return out_features, in_features
 
 
