@@ -1,6 +1,6 @@
 """The work directory of a quantization: every finished operator on disk, to continue after a crash.
 
-    run.json                     what the whole run depends on: model, calibration, configuration
+    run.json                     what the whole run depends on: the model's and the quantizer's configuration
     <module path>.safetensors    one finished operator and what it depends on
     seconds.jsonl                how long each took; kept apart, so that all other files are reproducible
 
@@ -44,16 +44,17 @@ class WorkDir:
     def __init__(self, directory: str | os.PathLike[str], run: Mapping[str, Any]):
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob(".*.tmp"):  # of a process that was killed while writing
-            leftover.unlink()
+        leftovers = set(self.directory.glob(".*.tmp"))  # of a process that was killed while writing
         record = {"format": _FORMAT, **run}
         file = self.directory / "run.json"
         if file.exists():
             _refuse_changes(_read_json(file), record, self.directory, "started with other inputs")
-        elif any(self.directory.iterdir()):
+        elif set(self.directory.iterdir()) - leftovers:
             raise ValueError(f"{self.directory} holds files but no run.json; choose an empty or new work directory")
         else:
             write_atomic(file, json.dumps(record, indent=1).encode())
+        for leftover in leftovers:
+            leftover.unlink()
         self._seconds = self._read_seconds()
 
     def has(self, path: str) -> bool:
