@@ -44,7 +44,8 @@ class Linear(nnx.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        out_features, in_features = self.weight.get_value().shape
+        weight: Any = self.weight.get_value()  # an array, or its shape alone
+        out_features, in_features = weight.shape
         return out_features, in_features
 
 
