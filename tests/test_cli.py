@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from vptq_jax import cli
 
-COMMANDS = ("quickstart", "quantize", "generate", "chat", "eval", "convert", "inspect")
+COMMANDS = ("quickstart", "quantize", "generate", "chat", "eval", "convert", "inspect", "bench")
 SPEC = "v2-k64"
 QUICK = ("--samples", "4", "--length", "64", "--rounds", "1")
 
@@ -138,10 +138,12 @@ def test_inspect_json_counts_every_byte(run, quantized):
     report = json.loads((quantized / "quant_report.json").read_text())
     assert facts["bits_total"] == pytest.approx(report["bits_total"])
     assert facts["bits_nominal"] == 3.0
-    q_proj = facts["layers"][0]
+    layers = {row["path"]: row for row in facts["layers"]}
+    q_proj = layers["model.layers.0.self_attn.q_proj"]
     # 32 x 32 weights: 16 x 32 indices of 6 bits, 64 x 2 half codebook, half scale and offset, 2-byte permutation.
     assert q_proj["bytes"] == 16 * 32 * 6 // 8 + 64 * 2 * 2 + 32 * (2 + 2 + 2)
-    assert [row["path"] for row in facts["layers"][-2:]] == ["model.embed_tokens", "lm_head"]
+    assert len(layers) == 16
+    assert layers["lm_head"]["format"] == "float32"
 
 
 def test_eval(run, tiny_hf, quantized):
@@ -227,7 +229,7 @@ def test_convert_check_writes_nothing(run, quantized, tiny_hf, tmp_path):
 
 def test_convert_that_cannot_be(run, tiny_hf, tmp_path):
     assert "no layer is quantized" in failure(run("convert", tiny_hf, tmp_path / "out", "--to", "hf-vptq"))
-    assert "--to is 'gguf'; expected one of orbax" in failure(run("convert", tiny_hf, tmp_path / "out", "--to", "gguf"))
+    assert "to is 'gguf'; expected one of orbax" in failure(run("convert", tiny_hf, tmp_path / "out", "--to", "gguf"))
     assert "--dtype is 'int8'" in failure(run("convert", tiny_hf, tmp_path / "out", "--dtype", "int8"))
     assert list(tmp_path.iterdir()) == []
 

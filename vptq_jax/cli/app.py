@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from vptq_jax.cli import convert, evaluate, generate, inspect, quantize, quickstart
+from vptq_jax.cli import bench, convert, evaluate, generate, inspect, quantize, quickstart
 
 USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
 """What the library raises for input that it cannot work with."""
@@ -31,6 +31,7 @@ for _command in (
     evaluate.evaluate, convert.convert, inspect.inspect,
 ):  # fmt: skip
     app.command(name="eval" if _command is evaluate.evaluate else None)(_command)
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from vptq_jax.models.decoder import Decoder
+    from vptq_jax.models.streamed import StreamedModel
 
 out = Console(soft_wrap=True)
 """Results, on standard output."""
@@ -64,7 +65,29 @@ def load_model(path: str, dtype: str | None = None) -> Decoder:
         return load(path, dtype=target)
 
 
-def tokenizer_of(model: Decoder, path: str) -> Any:
+def open_model(path: str, dtype: str | None = None) -> Decoder | StreamedModel:
+    """The model to be quantized: where its format allows it, weights are read one by one as they are needed.
+
+    Raises:
+        ValueError: besides what `load` raises, all weights that are not finite: better now than when
+            their turn comes.
+    """
+    target = parse_dtype(dtype)
+    from vptq_jax.convert.gguf import open_gguf
+    from vptq_jax.convert.hf import open_hf
+    from vptq_jax.convert.problems import raise_problems
+    from vptq_jax.load import open_streamed, recognize
+
+    kind, _ = recognize(path)
+    if kind not in ("hf", "gguf"):
+        return load_model(path, dtype)
+    with log.status(f"Checking the weights of {path}"):
+        opened = open_hf(path) if kind == "hf" else open_gguf(path)
+        raise_problems(f"{path} cannot be quantized", opened.content_problems())
+        return open_streamed(path, dtype=target)
+
+
+def tokenizer_of(model: Decoder | StreamedModel, path: str) -> Any:
     """The model's tokenizer.
 
     Raises:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vptq_jax.models.decoder import Decoder
+    from vptq_jax.models.streamed import StreamedModel
     from vptq_jax.quantize.hessian import Hessians
     from vptq_jax.report import QuantReport
 
@@ -108,7 +109,7 @@ def quantize(
     if hessians is None:
         data.check_source(text)
 
-    loaded = common.load_model(model, dtype)
+    loaded = common.open_model(model, dtype)
     calibration = _calibration(loaded, model, hessians, save_hessians, (text, samples, length, batch_size), quiet=json)
     metadata = {"calibration": f"Hessians of {hessians}" if hessians else f"{text}, windows of {length} tokens"}
     report = _quantize_and_save(loaded, config, calibration, output, workdir, metadata, overwrite=overwrite, quiet=json)
@@ -138,7 +139,7 @@ def parse_rules(rules: Sequence[str]) -> list[tuple[str, str | None]]:
 
 
 def _calibration(
-    model: Decoder,
+    model: Decoder | StreamedModel,
     name: str,
     hessians: Path | None,
     save_hessians: Path | None,
@@ -167,7 +168,7 @@ def _calibration(
 
 
 def _quantize_and_save(
-    model: Decoder,
+    model: Decoder | StreamedModel,
     config: QuantConfig,
     calibration: Hessians | list[np.ndarray],
     output: Path,
