@@ -8,7 +8,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -17,9 +16,13 @@ _UNNEEDED = ("accelerate", "sentence_transformers", "sentence_transformers.Sente
 
 
 def vquant_linear() -> Any:
-    """The class; skips the test where the package is not installed."""
+    """The class.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
     if importlib.util.find_spec("vptq") is None:
-        pytest.skip("the original software is not installed (pip install --no-deps vptq==0.0.5.post1, Python 3.11)")
+        raise ImportError("the original software is missing: pip install --no-deps vptq==0.0.5.post1 (Python 3.11)")
     added = {name: types.ModuleType(name) for name in _UNNEEDED if name not in sys.modules}
     if "sentence_transformers.SentenceTransformer" in added:
         added["sentence_transformers.SentenceTransformer"].SentenceTransformer = object

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import VptqConfig, VptqLayerConfig
 from vptq_jax.convert.export import export, plan_hf, plan_vptq
 from vptq_jax.convert.hf import load_hf
 from vptq_jax.convert.vptq_format import load_vptq, open_vptq
-from vptq_jax.models.config import ModelConfig
+from vptq_jax.models.config import ModelConfig, RopeConfig
 from vptq_jax.models.linear import VQLinear
 from vptq_jax.spec import VQSpec
 
@@ -285,6 +285,34 @@ def test_transformers_accepts_our_config(tmp_path):
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id == [3, 5]
 
 
+FAMILIES = {
+    "mistral": {"model_type": "mistral", "sliding_window": 3, "attention_bias": False, "attention_out_bias": False},
+    "qwen2": {"model_type": "qwen2", "attention_out_bias": False},
+    "llama_tied": {"tie_word_embeddings": True, "mlp_bias": True},
+    "llama_yarn": {"rope": RopeConfig(1e4, "yarn", 4.0, 64)},
+    "llama_linear": {"rope": RopeConfig(1e4, "linear", 4.0)},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_travel_and_compute_our_logits(tmp_path, family):
+    model = random_model(ModelConfig(**(vars(CONFIG) | FAMILIES[family])), ("v8-k16-8",))
+    save_vptq(model, tmp_path / "m")
+    again = load_vptq(tmp_path / "m")
+    assert again.config == model.config
+    assert_same_bits(model, again)
+    np.testing.assert_allclose(np.asarray(model(TOKENS)), original_logits(tmp_path / "m"), atol=2e-4)
+
+
+def original_logits(path):
+    try:
+        original = load_original(path)
+    except ImportError as error:
+        pytest.skip(str(error))
+    with torch.no_grad():
+        return original(torch.tensor(TOKENS)).logits.numpy()
+
+
 ORIGINAL_SPECS = [
     ["v8-k16"],
     ["v8-k16-8", "v6-k64"],
@@ -301,10 +329,7 @@ def test_the_original_software_computes_our_logits(tmp_path, specs):
     model = random_model(CONFIG, specs)
     model.set_linear("lm_head", VQLinear(random_vqarray("v8-k16-4", 40, 24, 1)))
     save_vptq(model, tmp_path / "m")
-    original = load_original(tmp_path / "m")
-    with torch.no_grad():
-        expected = original(torch.tensor(TOKENS)).logits.numpy()
-    np.testing.assert_allclose(np.asarray(model(TOKENS)), expected, atol=2e-4)
+    np.testing.assert_allclose(np.asarray(model(TOKENS)), original_logits(tmp_path / "m"), atol=2e-4)
 
 
 def test_a_larger_residual_codebook_changes_roles_and_back(tmp_path):
