@@ -372,3 +372,27 @@ def store_shared(address: Int, words: Sequence[Int]) -> None:
     kind, registers, _ = _vector(len(words))
     count = len(words)
     _asm([], [*words, address], f"st.shared.{kind} [${count}],{registers};", ",".join(["r"] * (count + 1)))
+
+
+def unpack(word: Int, kind: str) -> tuple[ir.Value, ir.Value]:
+    """The two 16-bit floats of a word as float32, `kind` "bf16" or "f16"."""
+    if kind == "bf16":
+        return as_float(word << 16), as_float(word & 0xFFFF0000)
+    text = "{.reg .b16 l,h; mov.b32 {l,h},$2; cvt.f32.f16 $0,l; cvt.f32.f16 $1,h;}"
+    low, high = _asm([_f32()] * 2, [word], text, "=f,=f,r", pure=True)
+    return low, high
+
+
+def multiply(first: ir.Value, second: ir.Value) -> ir.Value:
+    """Float32 product."""
+    return arith.mulf(first, second)
+
+
+def exp2(value: ir.Value) -> ir.Value:
+    """Two to the power of a float32, about 22 bits."""
+    return _asm([_f32()], [value], "ex2.approx.f32 $0,$1;", "=f,f", pure=True)[0]
+
+
+def maximum(first: ir.Value, second: ir.Value) -> ir.Value:
+    """The greater of two float32."""
+    return _asm([_f32()], [first, second], "max.f32 $0,$1,$2;", "=f,f,f", pure=True)[0]

@@ -29,37 +29,54 @@ def partial_products(
     xs: Sequence[Float[Array, "blocks m 32"]],
     words: Sequence[UInt[Array, "G rows columns words"]],
     tables: Sequence[Sequence[Float[Array, "G k p"]]],
-) -> Float[Array, "slots m out"]:
-    """Partial sums of `x @ w.T` for the weights of a plan, side by side; their sum over slots is the product.
+    x: Float[Array, "m in"] | None = None,
+    offsets: Sequence[Float[Array, " in"]] = (),
+) -> tuple[Float[Array, "slots m out"], Float[Array, "weights chunks m"] | None]:
+    """Partial sums of `x @ w.T` for the weights of a plan, side by side, and of x times their offsets.
 
     Args:
         plan: the division of the work.
         xs: for each weight its activations by runs of 32 kernel columns.
         words: for each weight its packed indices.
         tables: for each weight its main and, if there is one, residual table.
+        x: the activations themselves, if the plan wants offsets.
+        offsets: for each weight its offset, if the plan wants them.
+
+    Returns:
+        The product is the sum over slots plus, for each weight, the sum over chunks.
     """
     operands = [a for part in zip(xs, words, *zip(*tables, strict=True), strict=True) for a in part]
+    step = len(operands) // len(plan.layouts)
+    extra = [x, *offsets] if plan.offsets else []
+    outputs = [jax.ShapeDtypeStruct((plan.slots, plan.rows, plan.out_features), jnp.float32)]
+    if plan.offsets:
+        outputs.append(jax.ShapeDtypeStruct((len(plan.layouts), plan.offset_chunks, plan.rows), jnp.float32))
 
     def body(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def emit(_: Any, *refs: Any) -> None:
-            *inputs, output, shared = refs
-            step = len(inputs) // len(plan.layouts)
-            parts = [[Pointer.of(ref) for ref in inputs[i : i + step]] for i in range(0, len(inputs), step)]
-            Emitter(plan, parts, Pointer.of(output), ptx.shared_address(shared)).run()
+            *arrays, shared = refs
+            pointers = [Pointer.of(array) for array in arrays]
+            parts = [pointers[i : i + step] for i in range(0, len(operands), step)]
+            results = pointers[len(operands) + len(extra) :]
+            emitter = Emitter(plan, parts, results[0], ptx.shared_address(shared))
+            if plan.offsets:
+                emitter.multiply_offsets(*pointers[len(operands) :][: len(extra)], output=results[1])
+            emitter.run()
 
         emit(*refs)
 
-    return plgpu.kernel(
+    results = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((plan.slots, plan.rows, plan.out_features), jnp.float32),
+        out_type=outputs,
         grid=(plan.blocks,),
         grid_names=("block",),
         num_threads=plan.warps // 4,
         thread_name="warpgroup",
         scratch_types=(plgpu.SMEM((plan.shared_bytes // 4,), jnp.uint32),),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(*operands)
+    )(*operands, *extra)
+    return results[0], results[1] if plan.offsets else None
 
 
 class Slab:
@@ -180,6 +197,40 @@ class Emitter:
             return [w.value for unit in [*units[1:], following] for w in unit] + sums + tables
 
         ptx.loop(first, stop, carry, body)
+
+    def multiply_offsets(self, x: Pointer, *offsets: Pointer, output: Pointer) -> None:
+        """Shares of x times the offset of each weight; each is one block's, two columns a thread."""
+        plan = self.plan
+        chunks, columns = plan.offset_chunks, plan.grid.layout.in_features
+        shares = chunks * len(offsets)
+        for first in range(0, shares, plan.blocks):
+            share = self.block + first
+            with ptx.when(share < shares):
+                part = share // chunks
+                column = (share - part * chunks) * plan.offset_columns + self.thread * 2
+                source = offsets[0]
+                for i, offset in enumerate(offsets[1:], 1):
+                    source = ptx.choose(part >= i, offset, source)
+                inside = column < columns
+                column = column.minimum(columns - 2)
+                zero = ptx.float_constant(0.0)
+                pair = [ptx.select(inside, ptx.as_float(w), zero) for w in ptx.load_cached(source.at(column, 4), 2)]
+                values = [ptx.load_cached(x.at(column + row * columns, 2), 1)[0] for row in range(plan.rows)]
+                for row, word in enumerate(values):
+                    low, high = ptx.unpack(word, plan.kind)
+                    total = ptx.multiply_add(low, pair[0], ptx.multiply(high, pair[1]))
+                    for mask in (16, 8, 4, 2, 1):
+                        total = ptx.add(total, ptx.shuffle_xor(total, mask))
+                    with ptx.when(self.lane < 1):
+                        ptx.store_shared_float(self.shared + (self.warp + row * plan.warps) * 4, total)
+                ptx.barrier()
+                with ptx.when(self.thread < plan.rows):
+                    places = [self.shared + (self.thread * plan.warps + warp) * 4 for warp in range(plan.warps)]
+                    total = ptx.load_shared_float(places[0])
+                    for place in places[1:]:
+                        total = ptx.add(total, ptx.load_shared_float(place))
+                    ptx.store_global_float(output.at(share * plan.rows + self.thread, 4), total)
+                ptx.barrier()
 
     def _units_ahead(self) -> int:
         return max(2 if any(book.streamed for book in self.books) else 1, self.plan.config.prefetch)

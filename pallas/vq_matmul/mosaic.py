@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vptq_jax.pallas import device
 from vptq_jax.pallas.vq_matmul import layout as kernel_layout
 from vptq_jax.pallas.vq_matmul.dequantize import CONSTANT_ROWS, transposed_weight
 from vptq_jax.pallas.vq_matmul.kernel import partial_products
@@ -23,7 +26,12 @@ def one_launch(weights: Sequence[KernelArray]) -> bool:
     first = weights[0]
 
     def likeness(weight: KernelArray) -> Any:
-        return dataclasses.replace(weight.layout, out_features=1), weight.order, weight.table.dtype
+        return (
+            dataclasses.replace(weight.layout, out_features=1),
+            weight.order,
+            weight.table.dtype,
+            weight.centred_offset is None,
+        )
 
     return all(likeness(weight) == likeness(first) for weight in weights)
 
@@ -36,7 +44,9 @@ def make_plan(weights: Sequence[KernelArray], rows: int, config: Config | None =
         order=first.order,
         rows=rows,
         kind=_KINDS[jnp.dtype(first.table.dtype)],
-        config=config or Config(),
+        config=config or Config(blocks=device.num_processors()),
+        # For more rows, and for pairs of columns that no aligned load reads, XLA multiplies the offset.
+        offsets=first.centred_offset is not None and rows <= 8 and first.layout.in_features % 2 == 0,
     )
 
 
@@ -59,19 +69,33 @@ def _fused(
         return tuple(jnp.concatenate(product) for product in products)
     tables = [[weight.table] if weight.res_table is None else [weight.table, weight.res_table] for weight in weights]
     xs = [_column_runs(x, weight) for weight in weights]
-    partials = partial_products(plan, xs, [weight.words for weight in weights], tables)
+    words = [weight.words for weight in weights]
+    offsets = [weight.centred_offset for weight in weights] if plan.offsets else []
+    partials, offset_shares = partial_products(plan, xs, words, tables, x, offsets)
     products: list[Array] = []
     start = 0
-    for weight in weights:
+    for i, weight in enumerate(weights):
         stop = start + weight.layout.out_features
-        products.append(partials[:, :, start:stop].sum(axis=0) + _remainder(x, weight))
+        # Written as additions, which join whatever reads the product; a reduction would be a launch of its own.
+        product = _added([partials[slot, :, start:stop] for slot in range(plan.slots)])
+        if offset_shares is not None:
+            product = product + _added([offset_shares[i, chunk, :, None] for chunk in range(plan.offset_chunks)])
+        elif weight.centred_offset is not None:
+            product = product + jnp.sum(x.astype(jnp.float32) * weight.centred_offset, axis=1, keepdims=True)
+        if weight.outlier_indices is not None:
+            product = product + kernel_layout.outlier_product(x, weight)
+        products.append(product)
         start = stop
     return tuple(products)
 
 
+def _added(terms: Sequence[Array]) -> Array:
+    return functools.reduce(operator.add, terms)
+
+
 def _decode_once(x: Float[Array, "m in"], weight: KernelArray) -> Float[Array, "m out"]:
     """The dense product in the dtype of the tables; the offset rides along as columns that meet ones."""
-    plan = make_plan([weight], 1, Config(cached_entries=0))
+    plan = make_plan([weight], 1, Config(blocks=device.num_processors(), cached_entries=0))
     tables = [weight.table] if weight.res_table is None else [weight.table, weight.res_table]
     dense = transposed_weight(plan, weight.words, tables)
     columns = kernel_layout.kernel_columns(x, weight)
@@ -91,14 +115,3 @@ def _decode_once(x: Float[Array, "m in"], weight: KernelArray) -> Float[Array, "
 def _column_runs(x: Float[Array, "m in"], weight: KernelArray) -> Float[Array, "blocks m 32"]:
     columns = kernel_layout.kernel_columns(x, weight)
     return columns.reshape(x.shape[0], -1, 32).transpose(1, 0, 2)
-
-
-def _remainder(x: Float[Array, "m in"], weight: KernelArray) -> Float[Array, "m out"] | float:
-    """What the kernel leaves out: the offset, one number a row, and the outlier columns."""
-    remainder: Any = 0.0
-    if weight.centred_offset is not None:
-        offset = jnp.sum(x.astype(jnp.float32) * weight.centred_offset, axis=1, keepdims=True)
-        remainder = remainder + offset
-    if weight.outlier_indices is not None:
-        remainder = remainder + kernel_layout.outlier_product(x, weight)
-    return remainder

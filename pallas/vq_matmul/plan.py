@@ -71,7 +71,8 @@ class Plan:
 
     Slabs of `column_warps` units side by side are numbered part by part, group by group, row
     group by row group; block c runs slabs c * total // blocks to (c + 1) * total // blocks. A row
-    group that falls to several blocks leaves one partial sum per block, in `slots`.
+    group that falls to several blocks leaves one partial sum per block, in `slots`. With `offsets`
+    the launch also multiplies x with each weight's offset, in `offset_chunks` shares.
     """
 
     layouts: tuple[VQLayout, ...]
@@ -79,6 +80,17 @@ class Plan:
     rows: int
     kind: Literal["bf16", "f16"]
     config: Config
+    offsets: bool = False
+
+    @property
+    def offset_columns(self) -> int:
+        """Columns whose share of the offset one block adds up."""
+        return 64 * self.warps
+
+    @property
+    def offset_chunks(self) -> int:
+        """Shares of the offset of one weight."""
+        return -(-self.grid.layout.in_features // self.offset_columns)
 
     @property
     def grids(self) -> tuple[UnitGrid, ...]:

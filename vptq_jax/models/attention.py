@@ -12,6 +12,7 @@ from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.linear import project
 from vptq_jax.models.params import ParamSource
 from vptq_jax.models.rope import Rotary, rotate
+from vptq_jax.pallas.decode_attention import decode_attention
 
 QUERY_CHUNK = 512
 
@@ -54,7 +55,8 @@ class Attention(nnx.Module):
         """One more token a row, against the cache."""
         q, k, v = self._heads(x, at)
         cache, key_positions = cache.append(k, v)
-        return self._out(attend(q, cache.keys, cache.values, at.positions, key_positions, self.window)), cache
+        seen = visible(at.positions, key_positions, self.window)[:, 0]
+        return self._out(decode_attention(q[:, 0], cache.keys, cache.values, seen)[:, None]), cache
 
     def _out(self, heads: Float[Array, "B T N D"]) -> Float[Array, "B T hidden"]:
         return self.o_proj(heads.reshape(*heads.shape[:2], -1))
