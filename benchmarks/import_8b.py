@@ -132,15 +132,16 @@ def measure(directory: Path, tokens: int) -> dict[str, Any]:
     jax.devices()
     stored = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     with _PeakMemory() as memory:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         model = load(directory)
         jax.block_until_ready(jax.tree.leaves(model))
-        seconds = time.perf_counter() - start
+        seconds, busy = time.perf_counter() - start, time.process_time() - busy
     row = {
         "device": jax.devices()[0].device_kind,
         "layers": model.config.num_layers,
         "stored_bytes": stored,
         "import_seconds": round(seconds, 2),
+        "import_cpu_seconds": round(busy, 2),  # tells a busy machine from slow code
         "peak_host_bytes": memory.peak - memory.before,
         "peak_over_stored": round((memory.peak - memory.before) / stored, 3),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from vptq_jax.convert.tokenizer import gguf_tokenizer, load_tokenizer
 from vptq_jax.convert.vptq_format import content_problems, open_vptq
 from vptq_jax.load import Kind, load, recognize
 from vptq_jax.models.decoder import Decoder
+from vptq_jax.report import peak_memory
 
 Target = Literal["orbax", "hf-vptq", "hf"]
 
@@ -116,8 +116,9 @@ def convert(
         problems += plan.problems if plan else []
         files: list[str] = []
     else:
-        for problem in _destination_problems(src_text, dst, to, overwrite):
-            raise FileExistsError(problem)
+        taken = next(_destination_problems(src_text, dst, to, overwrite), None)
+        if taken is not None:
+            raise FileExistsError(taken)
         kind, path = recognize(src_text)
         problems = []
         model = load(path, dtype=None if kind == "orbax" or to == "hf" else dtype, progress=progress)
@@ -149,7 +150,7 @@ def convert(
         bytes=plan.nbytes if plan else _nbytes(model) if model is not None else 0,
         files=files,
         seconds=time.perf_counter() - start,
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory=peak_memory()["host"],
     )
 
 
