@@ -20,6 +20,8 @@ from jaxtyping import Array, Bool, Int
 from vptq_jax.models.cache import KVCache
 from vptq_jax.models.decoder import Decoder, check_tokens
 from vptq_jax.models.diagnose import first_nonfinite
+from vptq_jax.models.linear import Linear, VQLinear
+from vptq_jax.pallas import device
 from vptq_jax.sampling import Sampling, SamplingArrays, next_token
 from vptq_jax.tokens import TextStream, encode
 
@@ -43,7 +45,7 @@ class GenerationResult:
         prefill_seconds: reading the prompts and choosing the first token; a first call compiles here.
         decode_seconds: all tokens after the first, compilation excluded.
         decode_tokens: tokens chosen in that time, over all rows.
-        implementation: which matmul ran: `dense`, or those of `vq_matmul`.
+        implementation: which matmul ran, see `matmul_implementation`.
     """
 
     texts: list[str] | None
@@ -382,10 +384,15 @@ class _Run:
 
 
 def matmul_implementation(model: Decoder) -> str:
-    """Which product the decoder's linear layers run: `dense`, or the implementations of `vq_matmul`."""
-    from vptq_jax.models.linear import VQLinear
+    """Which products the decoder's linear layers run: `dense`, `xla`, `mosaic`, or several joined by `+`."""
+    kernels = device.why_no_mosaic() is None
 
-    return "xla" if any(isinstance(layer, VQLinear) for layer in model.linears().values()) else "dense"
+    def name(layer: Linear | VQLinear) -> str:
+        if isinstance(layer, Linear):
+            return "dense"
+        return "mosaic" if kernels and layer.order is not None else "xla"
+
+    return "+".join(sorted({name(layer) for layer in model.linears().values()}))
 
 
 def _is_single(prompts: Any) -> bool:

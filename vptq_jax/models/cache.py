@@ -36,12 +36,14 @@ class LayerCache:
         """Writes the next slot; returns the cache and the position of every key in it (negative: none)."""
         size = self.keys.shape[2]
         index = (0, 0, self.slot % size, 0)
-        updated = LayerCache(
-            jax.lax.dynamic_update_slice(self.keys, keys.astype(self.keys.dtype), index),
-            jax.lax.dynamic_update_slice(self.values, values.astype(self.values.dtype), index),
-            self.slot + 1,
-            self.start,
+        # Without the barrier XLA computes the update twice, for the cache and for its reader, and copies the cache.
+        keys, values = jax.lax.optimization_barrier(
+            (
+                jax.lax.dynamic_update_slice(self.keys, keys.astype(self.keys.dtype), index),
+                jax.lax.dynamic_update_slice(self.values, values.astype(self.values.dtype), index),
+            )
         )
+        updated = LayerCache(keys, values, self.slot + 1, self.start)
         # Index i holds the latest slot that is i modulo the size.
         slots = self.slot - (self.slot - jnp.arange(size)) % size
         return updated, slots[None, :] - self.start[:, None]
