@@ -41,7 +41,10 @@ def resolve_directory(path_or_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(text, allow_patterns=list(_HUB_PATTERNS)))
+        # Some repositories hold the weights a second time, in subfolders or as consolidated.safetensors.
+        return Path(
+            snapshot_download(text, allow_patterns=list(_HUB_PATTERNS), ignore_patterns=["*/*", "consolidated*"])
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{text!r} is no local path, and it could not be fetched from the Hugging Face hub "

@@ -189,6 +189,26 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
         load_hf("nobody/no-such-model")
 
 
+def test_a_hub_id_fetches_what_is_needed_and_no_more(tiny_hf, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    repository = [
+        "config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md", "pytorch_model.bin",
+        "consolidated.safetensors", "original/consolidated.00.pth", "onnx/model.safetensors", "flax_model.msgpack",
+    ]  # fmt: skip
+    fetched = []
+
+    def download(repo, *, allow_patterns, ignore_patterns):
+        assert repo == "somebody/some-model"
+        fetched.extend(filter_repo_objects(repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(tiny_hf)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert load_hf("somebody/some-model").config.model_type == "llama"
+    assert fetched == repository[:7]
+
+
 def test_a_wrong_dtype_is_refused(tiny_hf):
     with pytest.raises(ValueError, match="dtype is int8; expected one of float32, float16, bfloat16"):
         load_hf(tiny_hf, dtype=jnp.int8)
