@@ -34,7 +34,7 @@ from vptq_jax.convert.tokenizer import load_tokenizer
 from vptq_jax.files import new_directory
 from vptq_jax.models.config import ModelConfig, RopeConfig
 from vptq_jax.models.decoder import Decoder
-from vptq_jax.models.linear import Linear, VQLinear
+from vptq_jax.models.linear import Linear, VQLinear, unprepare
 from vptq_jax.models.params import AbstractSource
 from vptq_jax.models.registry import build
 from vptq_jax.spec import VQLayout
@@ -77,6 +77,7 @@ def save(
             raise FileExistsError(f"{path} holds something that is no vptq_jax checkpoint; choose another directory")
         if not overwrite:
             raise FileExistsError(f"{path} already holds a checkpoint; pass overwrite=True or choose another directory")
+    unprepare(model.linears())
     arrays = {name: _stored(name, leaf) for name, leaf in _leaves(model)[0].items()}
     with new_directory(path, overwrite=overwrite) as temporary:
         _write_arrays(temporary / _ARRAYS, arrays)

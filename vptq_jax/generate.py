@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Int
 from vptq_jax.models.cache import KVCache
 from vptq_jax.models.decoder import Decoder, check_tokens
 from vptq_jax.models.diagnose import first_nonfinite
-from vptq_jax.models.linear import Linear, VQLinear
+from vptq_jax.models.linear import Linear, VQLinear, prepare
 from vptq_jax.pallas import device
 from vptq_jax.sampling import Sampling, SamplingArrays, next_token
 from vptq_jax.tokens import TextStream, encode
@@ -307,6 +307,7 @@ class _Run:
         vocab_size, context = model.config.vocab_size, model.config.context_length
         stop = _stop_ids(model, stop_tokens)
         limit = np.minimum(max_new_tokens, context - np.array([len(row) for row in ids]))
+        prepare(model.linears(), model.dtype)
         begin = time.perf_counter()
         width = bucket(max(map(len, ids)))
         tokens = np.zeros((len(ids), width), np.int32)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from vptq_jax.pallas import device
 from vptq_jax.pallas.vq_matmul import layout as kernel_layout
+from vptq_jax.pallas.vq_matmul import reference
 from vptq_jax.pallas.vq_matmul.dequantize import CONSTANT_ROWS, transposed_weight
 from vptq_jax.pallas.vq_matmul.kernel import partial_products
 from vptq_jax.pallas.vq_matmul.layout import KernelArray
@@ -95,6 +96,8 @@ def _added(terms: Sequence[Array]) -> Array:
 
 def _decode_once(x: Float[Array, "m in"], weight: KernelArray) -> Float[Array, "m out"]:
     """The dense product in the dtype of the tables; the offset rides along as columns that meet ones."""
+    if weight.layout.vector_len % 2:  # The decoding kernel stores pairs.
+        return reference.vq_matmul(x, kernel_layout.restore(weight))
     plan = make_plan([weight], 1, Config(blocks=device.num_processors(), cached_entries=0))
     tables = [weight.table] if weight.res_table is None else [weight.table, weight.res_table]
     dense = transposed_weight(plan, weight.words, tables)

@@ -96,6 +96,12 @@ class VQLinear(nnx.Module):
         variable = getattr(self, field)
         return None if variable is None else variable.get_value()  # works for shapes too
 
+    @property
+    def distributed(self) -> bool:
+        """Whether the weight lies on several devices; XLA divides its own operations among them, but no kernel."""
+        words = self.indices if self.order is None else self.words
+        return len(words[...].sharding.device_set) > 1
+
     def prepare(self, order: Order | None = None, *, dtype: Any = None) -> None:
         """Changes to kernel order for activations of `dtype`; a layer that is in it stays as it is.
 
@@ -147,6 +153,8 @@ def project(x: Float[Array, "*batch in"], *layers: Linear | VQLinear) -> tuple[F
 def prepare(layers: Mapping[str, Linear | VQLinear], dtype: Any) -> int:
     """Lays out every quantized layer that the GPU kernels can run; returns how many. Without such a GPU, none.
 
+    The model is changed in place, so that no weight is there twice; `unprepare` takes it back.
+
     Args:
         layers: by module path, as `Decoder.linears()` gives them. Layers that read one input
             (q/k/v, gate/up) get one order, so that `project` can launch them together.
@@ -156,7 +164,7 @@ def prepare(layers: Mapping[str, Linear | VQLinear], dtype: Any) -> int:
         return 0
     groups: dict[Any, list[VQLinear]] = {}
     for path, layer in layers.items():
-        if isinstance(layer, VQLinear) and not unsupported(layer.layout, dtype):
+        if isinstance(layer, VQLinear) and not unsupported(layer.layout, dtype) and not layer.distributed:
             alike = dataclasses.replace(layer.layout, out_features=1)
             groups.setdefault((_SHARED_INPUT.sub("", path), alike), []).append(layer)
     for group in groups.values():
@@ -164,6 +172,13 @@ def prepare(layers: Mapping[str, Linear | VQLinear], dtype: Any) -> int:
         for layer in group:
             layer.prepare(order, dtype=dtype)
     return sum(map(len, groups.values()))
+
+
+def unprepare(layers: Mapping[str, Linear | VQLinear]) -> None:
+    """Gives every layer its checkpoint order back, the form in which weights are stored and trained."""
+    for layer in layers.values():
+        if isinstance(layer, VQLinear):
+            layer.unprepare()
 
 
 def _add_bias(y: Float[Array, "*batch out"], bias: nnx.Param | None) -> Float[Array, "*batch out"]:
