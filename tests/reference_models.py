@@ -1,4 +1,4 @@
-"""Tiny random models of transformers' PyTorch, and the same parameters in this library."""
+"""Tiny random models: here alone, or of transformers' PyTorch with the same parameters here."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import torch
+import pytest
 import transformers
+from random_models import NumpySource
 
 from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.decoder import Decoder
@@ -30,31 +31,38 @@ SHAPE = {
 }
 
 FAMILIES = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "llama": (transformers.LlamaConfig, "LlamaForCausalLM"),
+    "mistral": (transformers.MistralConfig, "MistralForCausalLM"),
+    "qwen2": (transformers.Qwen2Config, "Qwen2ForCausalLM"),
 }
+
+
+def random_model(family: str, **options: Any) -> Decoder:
+    """A random model in float32 that needs no PyTorch."""
+    config = ModelConfig.from_hf(FAMILIES[family][0](**(SHAPE | options)).to_dict())
+    return build(config, NumpySource(0, np.float32, config.initializer_range))
 
 
 class StateDictSource(DenseSource):
     """Parameters from a PyTorch state dict."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], dtype: Any):
+    def __init__(self, tensors: dict[str, Any], dtype: Any):
         self.tensors, self.dtype = tensors, dtype
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Any:
-        array = jnp.asarray(self.tensors[name].float().numpy(), self.dtype)
+        array = jnp.array(self.tensors[name].float().numpy(), self.dtype)  # a copy: PyTorch writes in place
         assert array.shape == shape, name
         return array
 
 
 def torch_model(family: str, *, seed: int = 0, **options: Any) -> Any:
     """A random model in float32, biases and norm weights included."""
-    config_class, model_class = FAMILIES[family]
+    torch = pytest.importorskip("torch")
+    config_class, name = FAMILIES[family]
     torch.manual_seed(seed)
     config = config_class(**(SHAPE | options))
     config._attn_implementation = "eager"
-    model = model_class(config).eval()
+    model = getattr(transformers, name)(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -72,6 +80,8 @@ def jax_model(model: Any, dtype: Any = jnp.float32) -> Decoder:
 
 def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     """Logits [B, T, V] of PyTorch."""
+    import torch
+
     with torch.no_grad():
         return model(torch.tensor(tokens)).logits.float().numpy()
 

@@ -8,11 +8,11 @@ import importlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference_models import jax_model, random_tokens, torch_model
-from test_models_logits import LLAMA3, YARN, random_vq, rope
+from random_models import random_vqarray
+from reference_models import jax_model, random_model, random_tokens, torch_model
+from test_models_logits import LLAMA3, YARN, rope
 
 from vptq_jax.generate import bucket, cache_capacity, chat_prompt, generate, stream
 from vptq_jax.models.linear import Linear, VQLinear
@@ -35,6 +35,8 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 def torch_greedy(model, rows: list[list[int]], count: int, **options) -> list[list[int]]:
     """transformers' own generate, the batch padded on the left."""
+    import torch
+
     width = max(map(len, rows))
     tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -72,7 +74,7 @@ def test_repetition_penalty_equals_transformers():
 
 
 def test_stop_tokens_end_rows_one_by_one():
-    model = jax_model(torch_model("llama"))
+    model = random_model("llama")
     rows = prompts(3, 11)
     free = generate(model, rows, max_new_tokens=20)
     stop = [free[0][4], free[1][9]]
@@ -89,7 +91,7 @@ def test_stop_tokens_end_rows_one_by_one():
 
 
 def test_result_counts_and_times():
-    model = jax_model(torch_model("llama"))
+    model = random_model("llama")
     result = generate(model, prompts(3, 11), max_new_tokens=7, return_result=True)
     assert result.texts is None
     assert [len(row) for row in result.tokens] == [7, 7]
@@ -102,14 +104,14 @@ def test_result_counts_and_times():
 
 
 def test_the_context_ends_generation():
-    model = jax_model(torch_model("llama"))  # context 64
+    model = random_model("llama")  # context 64
     result = generate(model, prompts(60, 30), max_new_tokens=20, return_result=True)
     assert [len(row) for row in result.tokens] == [4, 20]
     assert result.finish_reasons == ["context", "length"]
 
 
 def test_seeds_reproduce():
-    model = jax_model(torch_model("llama"))
+    model = random_model("llama")
     row = prompts(5)[0]
 
     def draw(seed: int, **options) -> list[int]:
@@ -121,7 +123,7 @@ def test_seeds_reproduce():
 
 
 def test_one_program_serves_lengths_calls_and_settings():
-    model = jax_model(torch_model("llama", vocab_size=61))  # a shape that no other test compiles
+    model = random_model("llama", vocab_size=61)  # a shape that no other test compiles
     programs = (module._prefill, module._decode)
     generate(model, [1, 2, 3], max_new_tokens=20, temperature=1.0)
     before = [program._cache_size() for program in programs]
@@ -138,7 +140,7 @@ def test_one_program_serves_lengths_calls_and_settings():
 
 
 def test_the_cache_is_donated():
-    model = jax_model(torch_model("llama"))
+    model = random_model("llama")
     run = module._Run.start(model, prompts(5), 8, module.Sampling(), (), 0)
     keys = run.state.cache.keys
     run.decode(3)
@@ -146,9 +148,9 @@ def test_the_cache_is_donated():
 
 
 def test_quantized_model_generates_what_its_dense_weights_generate():
-    models = [jax_model(torch_model("llama", num_hidden_layers=1)) for _ in range(2)]
+    models = [random_model("llama", num_hidden_layers=1) for _ in range(2)]
     for path, layer in models[0].linears().items():
-        weight = random_vq(*layer.shape)
+        weight = random_vqarray("v4-k16-8", *layer.shape, seed=1)
         models[0].set_linear(path, VQLinear(weight))
         models[1].set_linear(path, Linear(weight.dequantize()))
     rows = prompts(4, 9)
@@ -171,7 +173,7 @@ def talker(tiny_hf):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_hf)
-    model = jax_model(torch_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256))
+    model = random_model("llama", vocab_size=len(tokenizer), max_position_embeddings=256)
     model.tokenizer = tokenizer
     return model
 
@@ -229,7 +231,7 @@ def test_chat_prompt_is_the_template(talker):
 
 def test_chat_prompt_refuses(talker):
     with pytest.raises(ValueError, match="no tokenizer, which chat needs"):
-        chat_prompt(jax_model(torch_model("llama")), "hi")
+        chat_prompt(random_model("llama"), "hi")
     with pytest.raises(ValueError, match="expected at least one"):
         chat_prompt(talker, [])
     with pytest.raises(ValueError, match="message 1 is 'ho'; expected an object with 'role' and 'content'"):
@@ -261,7 +263,7 @@ def test_chat_prompt_refuses(talker):
 def test_bad_input_is_refused_before_work(monkeypatch, prompt, options, message):
     monkeypatch.setattr(module, "_prefill", None)
     with pytest.raises(ValueError, match=message):
-        generate(jax_model(torch_model("llama")), prompt, **options)
+        generate(random_model("llama"), prompt, **options)
 
 
 def test_empty_text_is_refused(talker):
@@ -273,14 +275,14 @@ def test_empty_text_is_refused(talker):
 
 def test_stream_refuses_what_it_cannot_do(talker):
     with pytest.raises(ValueError, match="no tokenizer, which streaming text needs"):
-        stream(jax_model(torch_model("llama")), [1, 2])
+        stream(random_model("llama"), [1, 2])
     with pytest.raises(ValueError, match="one prompt; call generate for a batch"):
         stream(talker, ["a", "b"])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_nan_is_an_error_that_names_its_place(temperature):
-    model = jax_model(torch_model("llama"))
+    model = random_model("llama")
     weight = model.layers[1].mlp.up_proj.weight[...]
     model.set_linear("model.layers.1.mlp.up_proj", Linear(weight.at[0, 0].set(jnp.nan)))
     message = "logits after token 3 of prompt 0 are not finite.*the weight model.layers.1.mlp.up_proj.weight"
@@ -289,7 +291,7 @@ def test_nan_is_an_error_that_names_its_place(temperature):
 
 
 def test_nan_that_comes_later_is_found():
-    model = jax_model(torch_model("llama", tie_word_embeddings=False))
+    model = random_model("llama", tie_word_embeddings=False)
     rows = prompts(3, 5)
     free = generate(model, rows, max_new_tokens=10)
     bad = next(token for token in free[1][2:] if token not in rows[0] + rows[1] + free[0] + free[1][:2])
@@ -301,7 +303,7 @@ def test_nan_that_comes_later_is_found():
 
 
 def test_numpy_prompts():
-    model = jax_model(torch_model("llama"))
+    model = random_model("llama")
     rows = np.array(prompts(5, 5))
     assert generate(model, rows, max_new_tokens=3) == generate(model, rows.tolist(), max_new_tokens=3)
     assert generate(model, rows[0], max_new_tokens=3) == generate(model, rows[0].tolist(), max_new_tokens=3)

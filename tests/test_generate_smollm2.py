@@ -5,12 +5,13 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from vptq_jax.generate import generate
 from vptq_jax.load import load
 from vptq_jax.models.decoder import Decoder
+
+torch = pytest.importorskip("torch")
 
 PROMPTS = [
     "The capital of France is",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_models import jax_model, random_tokens, torch_model
+from reference_models import random_model, random_tokens
 from test_models_logits import LLAMA3, YARN, rope
 
 from vptq_jax.models.cache import LayerCache
@@ -31,7 +31,7 @@ MODELS = {
 @pytest.mark.parametrize("prompt", [1, 12])
 def test_cache_equals_no_cache(name, prompt):
     family, options = MODELS[name]
-    model = jax_model(torch_model(family, **options))
+    model = random_model(family, **options)
     tokens = jnp.asarray(random_tokens(2, 30))
     expected = model(tokens)
     logits, cache = prefill(model, tokens[:, :prompt], jnp.zeros(2, jnp.int32))
@@ -44,7 +44,7 @@ def test_cache_equals_no_cache(name, prompt):
 @pytest.mark.parametrize("name", MODELS)
 def test_padding_changes_nothing(name):
     family, options = MODELS[name]
-    model = jax_model(torch_model(family, **options))
+    model = random_model(family, **options)
     rows = [random_tokens(length + 6, seed=length) for length in (3, 12, 7)]
     width = 14
     prompts = np.zeros((3, width), np.int32)
@@ -62,13 +62,13 @@ def test_padding_changes_nothing(name):
 
 
 def test_a_window_bounds_the_cache():
-    model = jax_model(torch_model("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1))
-    _, cache = model.prefill(jnp.asarray(random_tokens(1, 8)), jnp.zeros(1, jnp.int32), capacity=20)
-    assert [keys.shape[2] for keys in cache.keys] == [20, 5, 5]
-    assert cache.nbytes == 2 * 4 * 2 * 8 * (20 + 5 + 5)  # keys and values, bytes, heads, head_dim, slots
+    model = random_model("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    _, cache = prefill(model, jnp.asarray(random_tokens(2, 12)), jnp.zeros(2, jnp.int32))
+    assert [keys.shape[2] for keys in cache.keys] == [30, 5, 5]
+    assert cache.nbytes == 2 * 2 * 4 * 2 * 8 * (30 + 5 + 5)  # keys and values, rows, bytes, heads, head_dim, slots
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 12), st.integers(0, 4))
 def test_ring_holds_the_last_slots_at_their_positions(size, prompt, steps, start):
     # Every key holds its own slot number, so the ring can be read off.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vptq_jax.models.config import ModelConfig, RopeConfig
 from vptq_jax.models.rope import inverse_frequencies, rotary, rotate
@@ -59,9 +59,9 @@ PUBLISHED = {
 }
 
 
-def both(name: str) -> tuple[ModelConfig, LlamaRotaryEmbedding]:
+def raw_config(name: str) -> dict[str, Any]:
     head_dim, context, options = PUBLISHED[name]
-    raw = {
+    return {
         "model_type": "llama",
         "vocab_size": 8,
         "hidden_size": 2 * head_dim,
@@ -71,15 +71,27 @@ def both(name: str) -> tuple[ModelConfig, LlamaRotaryEmbedding]:
         "max_position_embeddings": context,
         **options,
     }
-    kept = {key: value for key, value in raw.items() if key != "model_type"}
-    if "rope_scaling" in kept:
-        kept["rope_parameters"] = kept.pop("rope_scaling") | {"rope_theta": kept.pop("rope_theta")}
-    return ModelConfig.from_hf(raw), LlamaRotaryEmbedding(transformers.LlamaConfig(**kept))
+
+
+def theirs(name: str) -> Any:
+    """The rotary embedding of transformers."""
+    pytest.importorskip("torch")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    raw = raw_config(name)
+    raw.pop("model_type")
+    if "rope_scaling" in raw:
+        raw["rope_parameters"] = raw.pop("rope_scaling") | {"rope_theta": raw.pop("rope_theta")}
+    return LlamaRotaryEmbedding(transformers.LlamaConfig(**raw))
+
+
+def ours(name: str) -> ModelConfig:
+    return ModelConfig.from_hf(raw_config(name))
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "dynamic"])
 def test_inverse_frequencies_are_those_of_transformers_to_the_last_bit_but_one(name):
-    config, reference = both(name)
+    config, reference = ours(name), theirs(name)
     frequencies, factor = inverse_frequencies(config.rope, config.head_dim)
     assert frequencies.dtype == np.float32
     np.testing.assert_array_max_ulp(frequencies, reference.inv_freq.numpy(), maxulp=2)
@@ -89,7 +101,9 @@ def test_inverse_frequencies_are_those_of_transformers_to_the_last_bit_but_one(n
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("last", [5, 4095, 30000])
 def test_cos_and_sin_at_long_positions(name, last):
-    config, reference = both(name)
+    config, reference = ours(name), theirs(name)
+    import torch
+
     positions = np.array([[0, 1, last // 2, last]])
     at = rotary(config, jnp.asarray(positions))
     cos, sin = reference(torch.zeros(1), torch.tensor(positions))
@@ -101,8 +115,7 @@ def test_cos_and_sin_at_long_positions(name, last):
 
 
 def test_dynamic_leaves_short_texts_alone_and_stretches_long_ones_row_by_row():
-    config, _ = both("dynamic")
-    default, _ = both("default")
+    config, default = ours("dynamic"), ours("default")
     short = jnp.array([[0, 100, 4095]])
     np.testing.assert_array_equal(rotary(config, short).cos, rotary(default, short).cos)
     long = jnp.array([[0, 100, 8000]])
