@@ -19,6 +19,11 @@ def why_no_mosaic() -> str | None:
     return None
 
 
+def kind() -> str:
+    """What the default device calls itself, such as `NVIDIA H100 80GB HBM3`."""
+    return jax.devices()[0].device_kind
+
+
 @functools.cache
 def num_processors() -> int:
     """Streaming multiprocessors of the default device (an H100's where it is no GPU)."""

@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pallas_cases import CASES, float64_product, random_weight, relative_error
 
-from vptq_jax.pallas.vq_matmul import api, choose_order, layout, mosaic, relayout, restore, vq_matmul, vq_matmuls
+from vptq_jax.pallas.vq_matmul import (
+    api,
+    choose_order,
+    layout,
+    mosaic,
+    relayout,
+    restore,
+    tuning,
+    vq_matmul,
+    vq_matmuls,
+)
 from vptq_jax.pallas.vq_matmul.layout import Order
 from vptq_jax.pallas.vq_matmul.plan import MAX_ROWS, Config, Plan
 from vptq_jax.spec import VQSpec
@@ -114,6 +124,25 @@ def test_shared_memory_fits(spec, out_features, in_features, rows):
     assert plan.shared_bytes <= 227 * 1024
     for book in plan.books:
         assert all(offset % 16 == 0 for offset in book.planes)
+
+
+def test_missing_or_stale_tuning_runs_the_default(monkeypatch, caplog):
+    layout = VQSpec.parse("v8-k256-256").layout(64, 64)
+    monkeypatch.setattr(tuning.device, "kind", lambda: "NVIDIA Abacus")
+    for table, message in (({}, "was not tuned"), ({"NVIDIA Abacus": {"v8-k256-256": {"gone": 1}}}, "stale")):
+        monkeypatch.setattr(tuning, "TABLE", table)
+        tuning._configuration.cache_clear()
+        tuning._log_default.cache_clear()
+        with caplog.at_level(logging.INFO, logger="vptq_jax"):
+            assert tuning.tuned(layout) == tuning.tuned(layout) == Config(blocks=tuning.device.num_processors())
+        assert len([r for r in caplog.records if message in r.message]) == 1
+    tuning._configuration.cache_clear()
+
+
+def test_tuning_table_is_not_stale():
+    for entries in tuning.TABLE.values():
+        for fields in entries.values():
+            Config(**fields)
 
 
 # --- lowering -----------------------------------------------------------------------------------

@@ -134,11 +134,13 @@ def bench_matmul(
     times = []
     for out_features, in_features in shapes:
         for spec in ("bf16", *specs):
-            weights = _weights(spec, out_features, in_features, dtype, seed)
-            product = _dense if spec == "bf16" else vq_matmul
+            if spec == "bf16":
+                product, weights = _dense, _dense_weights(out_features, in_features, dtype, seed)
+            else:
+                product, weights = vq_matmul, packed_weights(spec, out_features, in_features, dtype, seed)
             for count in rows:
                 x = jax.random.normal(jax.random.key(seed), (count, in_features), dtype)
-                main, total = _product_time(product, x, weights)
+                main, total = product_time(product, x, weights)
                 size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) // len(weights)
                 times.append(MatmulTime(spec, out_features, in_features, count, main, total, size))
             del weights
@@ -297,28 +299,27 @@ def _random_weight(key: Array, layout: VQLayout, dtype: Any) -> VQArray:
     return random_weight(layout, key, dtype)
 
 
-def _weights(spec: str, out_features: int, in_features: int, dtype: Any, seed: int) -> list[Any]:
-    """Enough weights that a run over all of them finds none in L2."""
-    key = jax.random.key(seed)
-    if spec == "bf16":
-        size, make = 2 * out_features * in_features, lambda key: _normal(key, (out_features, in_features), dtype)
-    else:
-        layout = VQSpec.parse(spec).layout(out_features, in_features)
-        order = choose_order([layout])
-        size = int(layout.nominal_bits * out_features * in_features / 8)
+def packed_weights(spec: str, out_features: int, in_features: int, dtype: Any, seed: int) -> list[Any]:
+    """Random weights, enough that a run over all of them finds none in L2; in kernel order where a kernel runs."""
+    layout = VQSpec.parse(spec).layout(out_features, in_features)
+    size = int(layout.nominal_bits * out_features * in_features / 8)
+    keys = jax.random.split(jax.random.key(seed), 1 + _CACHE_BYTES // size)
+    weights = [_random_weight(key, layout, jnp.dtype(dtype)) for key in keys]
+    if pallas_device.why_no_mosaic():
+        return weights
+    return [relayout(weight, choose_order([layout]), dtype=dtype) for weight in weights]
 
-        def make(key: Array) -> Any:
-            weight = _random_weight(key, layout, jnp.dtype(dtype))
-            return weight if pallas_device.why_no_mosaic() else relayout(weight, order, dtype=dtype)
 
-    return [make(jax.random.fold_in(key, i)) for i in range(1 + _CACHE_BYTES // size)]
+def _dense_weights(out_features: int, in_features: int, dtype: Any, seed: int) -> list[Array]:
+    count = 1 + _CACHE_BYTES // (2 * out_features * in_features)
+    return [_normal(key, (out_features, in_features), dtype) for key in jax.random.split(jax.random.key(seed), count)]
 
 
 def _dense(x: Array, weight: Array) -> Array:
     return jnp.einsum("mi,oi->mo", x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def _product_time(product: Callable[[Array, Any], Array], x: Array, weights: list[Any]) -> tuple[float, float]:
+def product_time(product: Callable[[Array, Any], Array], x: Array, weights: list[Any]) -> tuple[float, float]:
     """Microseconds of the longest kernel of a product (median), and of all its kernels."""
     run = jax.jit(lambda x, weights: [product(x, weight) for weight in weights])
     times = device_times(lambda: run(x, weights))

@@ -18,6 +18,7 @@ from vptq_jax.pallas.vq_matmul.dequantize import CONSTANT_ROWS, transposed_weigh
 from vptq_jax.pallas.vq_matmul.kernel import partial_products
 from vptq_jax.pallas.vq_matmul.layout import KernelArray
 from vptq_jax.pallas.vq_matmul.plan import MAX_ROWS, MAX_ROWS_SHARED_TAIL, Config, Plan
+from vptq_jax.pallas.vq_matmul.tuning import tuned
 
 _KINDS = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16"}
 
@@ -45,7 +46,7 @@ def make_plan(weights: Sequence[KernelArray], rows: int, config: Config | None =
         order=first.order,
         rows=rows,
         kind=_KINDS[jnp.dtype(first.table.dtype)],
-        config=config or Config(blocks=device.num_processors()),
+        config=config or tuned(first.layout),
         # For more rows, and for pairs of columns that no aligned load reads, XLA multiplies the offset.
         offsets=first.centred_offset is not None and rows <= 8 and first.layout.in_features % 2 == 0,
     )

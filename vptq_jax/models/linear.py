@@ -99,7 +99,7 @@ class VQLinear(nnx.Module):
     @property
     def distributed(self) -> bool:
         """Whether the weight lies on several devices; XLA divides its own operations among them, but no kernel."""
-        words = self.indices if self.order is None else self.words
+        words: nnx.Variable = getattr(self, "indices" if self.order is None else "words")
         return len(words[...].sharding.device_set) > 1
 
     def prepare(self, order: Order | None = None, *, dtype: Any = None) -> None:
