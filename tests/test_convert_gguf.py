@@ -224,13 +224,14 @@ def test_nothing_needs_torch(smollm2_gguf):
     assert result.stdout.split() == ["[19556]", "bfloat16"]
 
 
-@pytest.mark.slow
 def test_the_real_weights_are_those_of_transformers(smollm2_gguf):
-    pytest.importorskip("accelerate")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    reader = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
     ours = load_gguf(smollm2_gguf)
-    for path, layer in ours.linears().items():
-        np.testing.assert_array_equal(np.asarray(layer.weight[...]), theirs.get_submodule(path).weight.detach().numpy())
+    with torch.device("meta"):
+        shell = transformers.LlamaForCausalLM(transformers.LlamaConfig(**ours.config.to_hf()))
+    theirs = reader.load_gguf_checkpoint(str(smollm2_gguf), return_tensors=True, model_to_load=shell)["tensors"]
+    for path, layer in {"model.embed_tokens": ours.embed_tokens, **ours.linears()}.items():
+        np.testing.assert_array_equal(np.asarray(layer.weight[...]), np.asarray(theirs[f"{path}.weight"]))
 
 
 def spm_metadata(path):
