@@ -13,7 +13,15 @@ from typing import Any
 
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, scf
+from jaxlib.mlir.dialects import arith as _arith
+from jaxlib.mlir.dialects import gpu
+from jaxlib.mlir.dialects import llvm as _llvm
+from jaxlib.mlir.dialects import scf as _scf
+
+# The dialects' type stubs describe generated classes, not the ones that replace them.
+arith: Any = _arith
+llvm: Any = _llvm
+scf: Any = _scf
 
 SHARED_MEMORY_BYTES = 227 * 1024  # What one block of a Hopper GPU may use.
 

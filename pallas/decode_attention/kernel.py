@@ -93,9 +93,9 @@ def decode_attention(
         weights = jnp.exp2(peaks - peaks.max(axis=0))
         return ((weights[..., None] * sums).sum(0) / (weights * totals).sum(0)[..., None]).astype(q.dtype)
     peak = functools.reduce(jnp.maximum, list(peaks))
-    weights = [jnp.exp2(peaks[i] - peak) for i in range(plan.runs)]
-    total = functools.reduce(operator.add, [weights[i] * totals[i] for i in range(plan.runs)])
-    y = functools.reduce(operator.add, [weights[i][..., None] * sums[i] for i in range(plan.runs)])
+    shares = [jnp.exp2(peaks[i] - peak) for i in range(plan.runs)]
+    total = functools.reduce(operator.add, [shares[i] * totals[i] for i in range(plan.runs)])
+    y = functools.reduce(operator.add, [shares[i][..., None] * sums[i] for i in range(plan.runs)])
     return (y / total[..., None]).astype(q.dtype)
 
 

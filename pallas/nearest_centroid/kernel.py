@@ -122,11 +122,12 @@ def _operands(plan: Plan, vectors: Float[Array, "n v"], codebook: Float[Array, "
     largest = jnp.maximum(*(jnp.where(jnp.isfinite(a), jnp.abs(a), 0.0).max() for a in (vectors, codebook)))
     scale = jnp.exp2(jnp.floor(jnp.log2(_LARGEST / jnp.where(largest > 0, largest, 1.0))))
     vectors, codebook = vectors * scale, codebook * scale
-    rows, columns = _halves(vectors), _halves(-codebook)
+    (high, low), (column_high, column_low) = _halves(vectors), _halves(-codebook)
     spare = plan.depth - 3 * plan.length
-    rows = jnp.pad(jnp.concatenate([rows[0], rows[0], rows[1]], axis=1), ((0, 0), (0, spare)))
+    rows = jnp.pad(jnp.concatenate([high, high, low], axis=1), ((0, 0), (0, spare)))
     missing = plan.chunks * _CHUNK - plan.centroids
-    columns = jnp.pad(jnp.concatenate([columns[0], columns[1], columns[0]], axis=1), ((0, missing), (0, spare)))
+    columns = jnp.concatenate([column_high, column_low, column_high], axis=1)
+    columns = jnp.pad(columns, ((0, missing), (0, spare)))
     # Thread 4n + j of a warp holds depths 2j, 2j + 1 of every 8 of centroid n of a tile.
     words = jax.lax.bitcast_convert_type(columns.reshape(-1, _TILE, plan.depth // 8, 4, 2), jnp.uint32)
     words = words.transpose(0, 2, 1, 3).reshape(-1)

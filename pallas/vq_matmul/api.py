@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from vptq_jax.pallas.vq_matmul import layout, mosaic, reference
 from vptq_jax.pallas.vq_matmul.layout import KernelArray
 
 Implementation = Literal["xla", "mosaic"]
-Weight = VQArray | KernelArray
+Weight: TypeAlias = VQArray | KernelArray
 
 _logger = logging.getLogger(__name__)
 _FLOATS = ("codebook", "res_codebook", "outlier_codebook", "scale", "offset")

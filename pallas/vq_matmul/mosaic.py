@@ -20,6 +20,7 @@ from vptq_jax.pallas.vq_matmul.layout import KernelArray
 from vptq_jax.pallas.vq_matmul.plan import MAX_ROWS, MAX_ROWS_SHARED_TAIL, Config, Plan
 from vptq_jax.pallas.vq_matmul.tuning import tuned
 
+_UNROLLED = 32
 _KINDS = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16"}
 
 
@@ -67,8 +68,8 @@ def _fused(
     plan = make_plan(weights, x.shape[0], config)
     if plan.shared_tail and x.shape[0] > MAX_ROWS_SHARED_TAIL:
         pieces = (x[:MAX_ROWS_SHARED_TAIL], x[MAX_ROWS_SHARED_TAIL:])
-        products = zip(*(_fused(piece, weights, config) for piece in pieces), strict=True)
-        return tuple(jnp.concatenate(product) for product in products)
+        halves = [_fused(piece, weights, config) for piece in pieces]
+        return tuple(jnp.concatenate(rows) for rows in zip(*halves, strict=True))
     tables = [[weight.table] if weight.res_table is None else [weight.table, weight.res_table] for weight in weights]
     xs = [_column_runs(x, weight) for weight in weights]
     words = [weight.words for weight in weights]
@@ -78,10 +79,9 @@ def _fused(
     start = 0
     for i, weight in enumerate(weights):
         stop = start + weight.layout.out_features
-        # Written as additions, which join whatever reads the product; a reduction would be a launch of its own.
-        product = _added([partials[slot, :, start:stop] for slot in range(plan.slots)])
+        product = _added(partials[:, :, start:stop])
         if offset_shares is not None:
-            product = product + _added([offset_shares[i, chunk, :, None] for chunk in range(plan.offset_chunks)])
+            product = product + _added(offset_shares[i, :, :, None])
         elif weight.centred_offset is not None:
             product = product + jnp.sum(x.astype(jnp.float32) * weight.centred_offset, axis=1, keepdims=True)
         if weight.outlier_indices is not None:
@@ -91,8 +91,9 @@ def _fused(
     return tuple(products)
 
 
-def _added(terms: Sequence[Array]) -> Array:
-    return functools.reduce(operator.add, terms)
+def _added(terms: Float[Array, "terms *shape"]) -> Float[Array, "*shape"]:
+    """The sum over the first axis, as additions: they join whatever reads it, a reduction is a launch of its own."""
+    return functools.reduce(operator.add, list(terms)) if terms.shape[0] <= _UNROLLED else terms.sum(axis=0)
 
 
 def _decode_once(x: Float[Array, "m in"], weight: KernelArray) -> Float[Array, "m out"]:
