@@ -65,6 +65,16 @@ def test_greedy_equals_transformers_singly_and_as_a_padded_batch(name):
     assert torch_greedy(reference, rows, 30) == expected
 
 
+def test_dynamic_rope_beyond_the_trained_context_equals_transformers():
+    # A batch is left out: there transformers lets the longest row stretch the frequencies of all.
+    reference = torch_model("llama", max_position_embeddings=24, **rope("dynamic", factor=4.0))
+    model = jax_model(reference)
+    rows = prompts(3, 11)
+    expected = [torch_greedy(reference, [row], 40)[0] for row in rows]
+    assert [generate(model, row, max_new_tokens=40) for row in rows] == expected
+    assert generate(model, rows, max_new_tokens=40) == expected
+
+
 def test_repetition_penalty_equals_transformers():
     reference = torch_model("llama")
     row = prompts(9)[0]
@@ -255,6 +265,7 @@ def test_chat_prompt_refuses(talker):
         ([1], {"max_new_tokens": -3}, "max_new_tokens is -3"),
         ([1], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
         ([1], {"temperature": -1}, "temperature is -1"),
+        ([1], {"seed": 0.5}, "seed is 0.5; expected a whole number"),
         ([1], {"stop_tokens": [97]}, "stop_tokens: token id 97"),
         ([1], {"stop_tokens": ["</s>"]}, "stop token '</s>' is not one token of the tokenizer"),
         ([1], {"stop_tokens": 3}, "stop_tokens is 3; expected a list"),

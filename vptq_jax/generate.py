@@ -303,6 +303,8 @@ class _Run:
         """Checks everything, then reads the prompts and chooses the first tokens."""
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number of at least 1")
+        if not isinstance(seed, int) or not 0 <= seed < 1 << 32:
+            raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to 2**32 - 1")
         ids = _prompt_ids(model, prompts)
         vocab_size, context = model.config.vocab_size, model.config.context_length
         stop = _stop_ids(model, stop_tokens)

@@ -31,8 +31,9 @@ class Rotary:
 def rotary(config: ModelConfig, positions: Int[Array, "#B T"]) -> Rotary:
     """Cos and sin (float32) of every position.
 
-    With dynamic NTK the frequencies of a row depend on its last position; every other type
-    depends on the position alone.
+    With dynamic NTK the frequencies of a row depend on its last position (and keys in a cache
+    keep the rotation of the time they were written, as in transformers); every other type depends
+    on the position alone.
     """
     rope, attention_factor = config.rope, 1.0
     if rope.type == "dynamic":
