@@ -224,7 +224,23 @@ def test_convert_check_writes_nothing(run, quantized, tiny_hf, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_bench_quantize(run):
+    facts = json.loads(run("bench", "quantize", "--shape", "32x32", "--spec", SPEC, "--json").out)
+    assert facts["device"]
+    assert [row["spec"] for row in facts["results"]] == [SPEC]
+    assert facts["results"][0]["seconds"] > 0
+
+
 # What does not work
+
+
+def test_bench_of_nonsense(run):
+    for arguments, message in {
+        ("quantize", "--shape", "32,32"): "--shape is '32,32'; expected OUTxIN",
+        ("matmul", "--spec", "v4"): "cannot read the spec 'v4'",
+        ("decode", "--shape", "gpt-5"): "shape is 'gpt-5'; expected one of llama2-7b",
+    }.items():
+        assert message in failure(run("bench", *arguments))
 
 
 def test_convert_that_cannot_be(run, tiny_hf, tmp_path):

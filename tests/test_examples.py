@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +38,26 @@ def test_quantize_llama_and_generate(tiny_hf, tmp_path, capsys):
     texts = load_example("generate").main([output, *prompts, "--max-new-tokens", "8"])
     shown = capsys.readouterr().out
     assert all(prompt + text in shown for prompt, text in zip(prompts, texts, strict=True))
+
+
+def test_readme(tiny_hf, tmp_path, capsys):
+    """The Python of README.md, with a smaller model, text and spec."""
+    code = re.search(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.DOTALL).group(1)
+    for written, tried in {
+        "path/to/Llama-2-7b-hf": str(tiny_hf),
+        "llama-2-7b-3bit": str(tmp_path / "out"),
+        '"c4"': '"builtin"',
+        '"wikitext2"': '"builtin"',
+        "v8-k65536-256": "v2-k64",
+        "length=2048, count=128": "length=64, count=4",
+        "context=2048": "context=256, max_windows=2",
+    }.items():
+        assert written in code
+        code = code.replace(written, tried)
+    exec(compile(code, "README.md", "exec"), {})
+    shown = capsys.readouterr().out.splitlines()
+    assert float(shown[0].split()[0]) > 3  # bits per weight
+    assert 100 < float(shown[-1]) < 1000  # perplexity of a random model with 300 tokens
 
 
 def test_use_in_training(capsys):

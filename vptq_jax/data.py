@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 Part = Literal["calibration", "evaluation"]
 
@@ -168,12 +169,12 @@ def windows(tokens: Int[np.ndarray, "tokens"], length: int, count: int | None = 
     return tokens[: n * length].reshape(n, length).astype(np.int32)
 
 
-def batches(rows: Int[np.ndarray, "n length"], batch_size: int = 1) -> list[Int[np.ndarray, "B length"]]:
-    """Rows in runs of `batch_size`, the last one possibly shorter.
+def batches(rows: Int[np.ndarray, "n length"], batch_size: int = 1) -> list[Int[Array, "B length"]]:
+    """Rows in runs of `batch_size`, the last one possibly shorter, as the model takes them.
 
     Raises:
         ValueError: the batch size is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; expected at least 1")
-    return [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    return [jnp.asarray(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]

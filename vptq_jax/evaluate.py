@@ -89,10 +89,10 @@ def perplexity(
     )
 
 
-def _window_losses(model: Decoder, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B"]:
+def _window_losses(model: Decoder, tokens: Int[Array, "B T"]) -> Float[np.ndarray, "B"]:
     """Mean negative log-likelihood of all tokens of a window but the first, in nats, float64 [B]."""
     hidden = model.hidden(tokens)
-    targets = np.roll(tokens, -1, axis=1)
+    targets = jnp.roll(tokens, -1, axis=1)
     step = max(1, HEAD_TOKENS // len(tokens))
     losses = [
         np.asarray(_negative_log_likelihood(model.head(hidden[:, at : at + step]), targets[:, at : at + step]))

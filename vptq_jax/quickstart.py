@@ -64,7 +64,7 @@ def run(
     """
     from vptq_jax import checkpoint, data
     from vptq_jax.evaluate import perplexity
-    from vptq_jax.generate import chat_prompt, generate
+    from vptq_jax.generate import chat_prompt, stream
     from vptq_jax.load import load
     from vptq_jax.quantize.hessian import collect_hessians
     from vptq_jax.quantize.model import quantize
@@ -93,9 +93,9 @@ def run(
     with stages("perplexity_after", "Measuring perplexity again"):
         after = perplexity(model, tokens["evaluation"], context=CONTEXT, max_windows=WINDOWS, progress=True)
     with stages("chat", "Asking it a question"):
-        answer = generate(model, chat_prompt(model, question), max_new_tokens=96, return_result=True)
+        answer = "".join(stream(model, chat_prompt(model, question), max_new_tokens=96)).strip()
 
-    result = {
+    result: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct",
         "spec": str(config.spec),
         "bits_nominal": report.bits_nominal,
@@ -110,7 +110,7 @@ def run(
         },
         "calibration_tokens": windows.size,
         "question": question,
-        "answer": answer.texts[0],
+        "answer": answer,
         "seconds": stages.seconds | {"total": sum(stages.seconds.values())},
         "peak_memory": peak_memory(),
         "versions": {name: importlib.metadata.version(name) for name in ("vptq_jax", "jax", "flax")}
@@ -120,7 +120,7 @@ def run(
     write_atomic(output / "report.json", (json.dumps(result, indent=1) + "\n").encode())
     say("")
     say(f"> {question}")
-    say(answer.texts[0].strip())
+    say(answer)
     say("")
     say(f"spec              {config.spec}")
     say(f"bits per weight   {report.bits_total:.2f} with everything included ({report.bits_nominal:.2f} nominal)")
@@ -135,7 +135,8 @@ class _Stages:
     """Announces and times the parts of the tour."""
 
     def __init__(self, say: Callable[[str], None]):
-        self.say, self.seconds = say, {}
+        self.say = say
+        self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
     def __call__(self, name: str, text: str) -> Iterator[None]:

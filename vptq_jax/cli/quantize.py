@@ -13,7 +13,7 @@ from vptq_jax.cli import common
 from vptq_jax.spec import QuantConfig
 
 if TYPE_CHECKING:
-    import numpy as np
+    from jax import Array
 
     from vptq_jax.models.decoder import Decoder
     from vptq_jax.models.streamed import StreamedModel
@@ -146,7 +146,7 @@ def _calibration(
     text: tuple[str, int, int, int],
     *,
     quiet: bool,
-) -> Hessians | list[np.ndarray]:
+) -> Hessians | list[Array]:
     """Hessians from files, or batches of tokens; with `save_hessians`, the Hessians of those batches."""
     from vptq_jax import data
     from vptq_jax.quantize.hessian import collect_hessians, load_hessians
@@ -170,7 +170,7 @@ def _calibration(
 def _quantize_and_save(
     model: Decoder | StreamedModel,
     config: QuantConfig,
-    calibration: Hessians | list[np.ndarray],
+    calibration: Hessians | list[Array],
     output: Path,
     workdir: Path,
     metadata: dict[str, str],
