@@ -262,7 +262,8 @@ class QuantConfig:
         mode: `independent` (all Hessians from the full-precision model, as in the paper) or
             `sequential` (Hessians of a block from the already quantized blocks before it).
         compensation: in sequential mode, the share (0 to 1) of the error of earlier blocks that a layer's
-            target is corrected for: 1 aims at the outputs of the full-precision model.
+            target is corrected for: 1 aims at the outputs of the full-precision model. It fits the calibration
+            text closely: on 8 thousand tokens it made perplexity worse, so compare with 0 on other text.
 
     Raises:
         ValueError: a spec does not parse, a regular expression does not compile, or a number is
