@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, UInt
 
 from vptq_jax.pallas import ptx
 from vptq_jax.pallas.ptx import Int, Pointer
-from vptq_jax.pallas.vq_matmul.layout import _load_widths
+from vptq_jax.pallas.vq_matmul.layout import load_widths
 from vptq_jax.pallas.vq_matmul.plan import Book, Plan
 
 
@@ -242,7 +242,7 @@ class Emitter:
         grid = self.plan.grid
         pointer = slab.of(self.words).at(slab.unit, 4 * grid.streams * grid.stream_words)
         words: list[Int] = []
-        for width in _load_widths(grid.stream_words):
+        for width in load_widths(grid.stream_words):
             place = pointer.at(self.stream, 4 * width).offset(4 * grid.streams * len(words))
             words += ptx.load_stream(place, width)
         return words

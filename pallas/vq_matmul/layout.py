@@ -318,20 +318,20 @@ def _from_streams(streams: UInt[Array, "G rows columns streams entries"], grid: 
     return index[:, : grid.layout.num_vectors, : grid.layout.group_size]
 
 
-def _load_widths(words: int) -> list[int]:
+def load_widths(words: int) -> list[int]:
     """A stream's words as loads of 4, 2 or 1."""
     return [4] * (words // 4) + [width for width in (2, 1) if words % 4 & width]
 
 
 def _pack_units(main: Array, residual: Array | None, grid: UnitGrid) -> UInt[Array, "G rows columns words"]:
     packed = pack_indices(main, residual, grid.layout.index_bits, grid.layout.res_index_bits)
-    borders = np.cumsum(_load_widths(grid.stream_words))[:-1].tolist()
+    borders = np.cumsum(load_widths(grid.stream_words))[:-1].tolist()
     loads = jnp.split(packed, borders, axis=-1)
     return jnp.concatenate([load.reshape(*load.shape[:3], -1) for load in loads], axis=-1)
 
 
 def _unpack_units(words: UInt[Array, "G rows columns words"], grid: UnitGrid) -> tuple[Array, Array | None]:
-    widths = _load_widths(grid.stream_words)
+    widths = load_widths(grid.stream_words)
     borders = np.cumsum([grid.streams * width for width in widths])[:-1].tolist()
     loads = jnp.split(words, borders, axis=-1)
     packed = jnp.concatenate(
