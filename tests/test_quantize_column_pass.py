@@ -9,7 +9,7 @@ import pytest
 
 from vptq_jax.quantize.column_pass import column_pass
 from vptq_jax.quantize.columns import Codes, arrange, decode_all
-from vptq_jax.quantize.linalg import inverse_factor, proxy_loss
+from vptq_jax.quantize.linalg import proxy_loss
 from vptq_jax.quantize.refine import descend_indices, refine, refit_codebooks
 from vptq_jax.spec import VQSpec
 

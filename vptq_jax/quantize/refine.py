@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vptq_jax.quantize.columns import Codes, Segment, decode, decode_all, encode_column, group_books
 from vptq_jax.quantize.linalg import dot, proxy_loss
@@ -27,18 +27,23 @@ def refine(
     H: Float[Array, "slots slots"],
     codes: tuple[Codes, ...],
     segments: tuple[Segment, ...],
+    *,
+    descend: bool | Bool[Array, ""] = True,
 ) -> tuple[tuple[Codes, ...], Float[Array, ""]]:
-    """One round: codebook refit, then coordinate descent on the indices, then a refit to them.
+    """One round: coordinate descent on the indices (if `descend`), then a refit of the codebooks to them.
 
     Returns:
-        (codes, their loss); the codes that came in if no step lowers it.
+        (codes, their loss). A step that does not lower the loss is not taken.
     """
     loss = proxy_loss(W - decode_all(segments, codes), H)
-    for step in (refit_codebooks, descend_indices, refit_codebooks):
-        proposal = step(W, H, codes, segments)
+    for step in (
+        lambda codes: lax.cond(descend, lambda: descend_indices(W, H, codes, segments), lambda: codes),
+        lambda codes: refit_codebooks(W, H, codes, segments),
+    ):
+        proposal = step(codes)
         proposed_loss = proxy_loss(W - decode_all(segments, proposal), H)
-        better = proposed_loss < loss
-        codes, loss = jax.tree.map(functools.partial(jnp.where, better), (proposal, proposed_loss), (codes, loss))
+        pick = functools.partial(jnp.where, proposed_loss < loss)
+        codes, loss = jax.tree.map(pick, (proposal, proposed_loss), (codes, loss))
     return codes, loss
 
 

@@ -170,22 +170,27 @@ def _refine(
     tolerance: float,
     error: Callable[[tuple[Codes, ...]], Array],
 ) -> tuple[tuple[Codes, ...], Array, Float[Array, " rounds"]]:
-    """Refinement rounds until one gains less than the tolerance; (codes, rounds run, error after each)."""
+    """A refit, then refinement rounds until one gains less than the tolerance.
+
+    Returns:
+        (codes, rounds run, error after each round).
+    """
 
     def unfinished(state: tuple[Any, ...]) -> Array:
         i, _, before, loss, _ = state
-        return (i < rounds) & ((i == 0) | (before - loss >= tolerance * before))
+        return (i <= rounds) & ((i <= 1) | (before - loss >= tolerance * before))
 
     def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        i, codes, _, loss, errors = state
-        codes, refined = refine(problem.W, problem.H, codes, segments)
-        return i + 1, codes, loss, refined, jnp.where(jnp.arange(rounds) >= i, error(codes), errors)
+        i, codes, _, before, errors = state
+        # The first pass through the loop is the refit alone: one loop body to compile.
+        codes, loss = refine(problem.W, problem.H, codes, segments, descend=i > 0)
+        return i + 1, codes, before, loss, jnp.where(jnp.arange(1, rounds + 1) >= i, error(codes), errors)
 
     start = proxy_loss(problem.W - decode_all(segments, codes), problem.H)
     state = (jnp.zeros((), jnp.int32), codes, start, start, jnp.zeros(rounds))
     if rounds:
         state = lax.while_loop(unfinished, step, state)
-    return state[1], state[0], state[4]
+    return state[1], jnp.maximum(state[0] - 1, 0), state[4]
 
 
 def _checked_layout(W: Array, H: Array, spec: VQSpec, name: str) -> VQLayout:
