@@ -14,11 +14,12 @@ from vptq_jax.array import VQArray
 from vptq_jax.checkpoint import save
 from vptq_jax.evaluate import Perplexity, perplexity
 from vptq_jax.generate import GenerationResult, chat_prompt, generate, stream
-from vptq_jax.load import load
+from vptq_jax.load import load, open_streamed
 from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.decoder import Decoder
 from vptq_jax.models.linear import Linear, VQLinear
 from vptq_jax.models.registry import build
+from vptq_jax.models.streamed import StreamedModel
 from vptq_jax.pallas import nearest_centroid
 from vptq_jax.pallas import vq_matmul as matmul
 from vptq_jax.quantize.hessian import Hessians, collect_hessians, load_hessians
@@ -36,6 +37,7 @@ __all__ = [
     "Perplexity",
     "QuantConfig",
     "QuantReport",
+    "StreamedModel",
     "VQArray",
     "VQLayout",
     "VQLinear",
@@ -48,6 +50,7 @@ __all__ = [
     "load_hessians",
     "matmul",
     "nearest_centroid",
+    "open_streamed",
     "perplexity",
     "quantize",
     "quantize_weight",
