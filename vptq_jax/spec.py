@@ -255,7 +255,7 @@ class QuantConfig:
             name `lm_head` and `model.embed_tokens`, which are left alone otherwise.
         seed: the one seed; every operator's key is folded from it by the operator's name.
         kmeans_iters: Lloyd iterations at most.
-        samples_per_centroid: k-means trains on at most this many vectors per centroid.
+        samples_per_centroid: k-means trains on at most this many vectors per centroid, or on 65536 if that is more.
         rounds: refinement rounds after the column pass (0: the paper's algorithm).
         tolerance: a refinement round that gains less than this share of the loss is the last.
         damping: added to the Hessian's diagonal, as a share of the mean diagonal.

@@ -73,7 +73,7 @@ def quantize_weight(
         spec: the format.
         key: PRNG key; the result is a function of it and the other arguments alone.
         kmeans_iters: Lloyd iterations at most, for each codebook.
-        samples_per_centroid: k-means trains on at most this many vectors per centroid.
+        samples_per_centroid: k-means trains on at most this many vectors per centroid, or on 65536 if that is more.
         rounds: refinement rounds after the column pass; 0 is the paper's algorithm.
         tolerance: a refinement round that gains less than this share of the loss is the last.
         damping: added to the Hessian's diagonal, as a share of the mean diagonal.
@@ -267,7 +267,7 @@ def normalization(W: Float[Array, "out in"]) -> tuple[Float[Array, " in"], Float
     """(scale, offset) per column: standard deviation and mean over the rows; the scale is never zero.
 
     The released code takes the range and the minimum, which hand the spread of a column to its two most
-    extreme weights: at equal bits that leaves a third more error.
+    extreme weights: at equal bits that leaves about 30 % more error.
     """
     largest = jnp.maximum(jnp.abs(W).max(), jnp.finfo(jnp.float32).tiny / _SMALLEST_SCALE)
     return jnp.maximum(W.std(axis=0), _SMALLEST_SCALE * largest), W.mean(axis=0)
