@@ -32,8 +32,8 @@ def column_pass(
         segments: the layout of the slots.
 
     Returns:
-        (codes with new indices, U_qq * (compensated column - its quantized value) / U_qq per slot:
-        the plain error that a residual codebook still has to describe).
+        (codes with new indices, compensated column minus its quantized value in every slot: what a residual
+        codebook still has to describe).
     """
     errors = jnp.zeros_like(W)
     result = []
