@@ -171,7 +171,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
         "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
         "rope_parameters": _rope(file, meta, head_dim),
     }
-    biases = {
+    biases: dict[str, Any] = {
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "attention_out_bias": "blk.0.attn_output.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
@@ -226,7 +226,7 @@ def _rope(file: GGUFFile, meta: _Section, head_dim: int) -> dict[str, Any]:
 def _llama3_rope(file: GGUFFile, theta: float, head_dim: int) -> dict[str, Any]:
     """Llama 3's rope from the divisors of its frequencies, which is all that a GGUF file keeps of it."""
     divisors = file.read(_ROPE_FACTORS).reshape(-1)
-    rope = {
+    rope: dict[str, Any] = {
         "rope_type": "llama3",
         "factor": _shortest(float(divisors.max(initial=1))),
         "low_freq_factor": 1.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def abstract_model(path_or_id: str | Path) -> tuple[Kind, Path, Decoder]:
     kind, path = recognize(path_or_id)
     if kind == "orbax":
         return kind, path, checkpoint.abstract(path)
-    opened = {"hf": open_hf, "hf-vptq": open_vptq, "gguf": open_gguf}[kind](path)
-    return kind, path, opened.abstract()
+    openers: dict[Kind, Callable[[Path], Any]] = {"hf": open_hf, "hf-vptq": open_vptq, "gguf": open_gguf}
+    return kind, path, openers[kind](path).abstract()
 
 
 def inspect(path_or_id: str | Path) -> dict[str, Any]:

@@ -311,7 +311,8 @@ class _VPTQSource(StoredSource):
         residual = None
         if layer.layout.num_res_centroids:
             residual = _unsigned(self._stored.files.read(f"{path}.{_RES_INDICES}")).astype(np.uint32)
-        return VQArray.from_indices(layer.layout, main, residual, **fields)
+        packed: Any = (main, residual)
+        return VQArray.from_indices(layer.layout, *packed, **fields)
 
 
 class _AbstractVPTQSource(HeaderSource):

@@ -132,6 +132,7 @@ def bench_matmul(
         seed: of the random weights.
     """
     times = []
+    product: Callable[[Array, Any], Array]
     for out_features, in_features in shapes:
         for spec in ("bf16", *specs):
             if spec == "bf16":

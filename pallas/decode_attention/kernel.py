@@ -178,9 +178,11 @@ def _emit(plan: Plan, pointers: list[Pointer], shared: Int) -> None:
     for start in range(0, items, _WARPS * 32):
         item = thread + start
         with ptx.when(item < items):
-            member = item // plan.head_dim
-            at = item - member * plan.head_dim
-            places = [shared + (member + index * plan.group) * ((plan.head_dim + 2) * 4) for index in range(_WARPS)]
+            group_member = item // plan.head_dim
+            at = item - group_member * plan.head_dim
+            places = [
+                shared + (group_member + index * plan.group) * ((plan.head_dim + 2) * 4) for index in range(_WARPS)
+            ]
             found = [ptx.load_shared_float(place + plan.head_dim * 4) for place in places]
             peak = functools.reduce(ptx.maximum, found)
             weights = [ptx.exp2(ptx.subtract(value, peak)) for value in found]
@@ -189,7 +191,7 @@ def _emit(plan: Plan, pointers: list[Pointer], shared: Int) -> None:
                 value = ptx.multiply_add(weight, ptx.load_shared_float(place + at * 4), value)
                 part = ptx.load_shared_float(place + (plan.head_dim + 1) * 4)
                 total = ptx.multiply_add(weight, part, total)
-            query_row = run * (plan.batch * plan.heads) + first_query + member
+            query_row = run * (plan.batch * plan.heads) + first_query + group_member
             ptx.store_global_float(sums.at(query_row, plan.head_dim * 4).at(at, 4), value)
             with ptx.when(at < 1):
                 ptx.store_global_float(peaks.at(query_row, 4), peak)

@@ -68,9 +68,10 @@ def vq_matmuls(
             weight if isinstance(weight, KernelArray) else layout.relayout(weight, dtype=x.dtype) for weight in weights
         ]
         return _matmuls(x, prepared)
-    if implementation is None and not reason and all(isinstance(weight, KernelArray) for weight in weights):
+    in_kernel_order = [weight for weight in weights if isinstance(weight, KernelArray)]
+    if implementation is None and not reason and len(in_kernel_order) == len(weights):
         _log_choice("mosaic", "the weight is in kernel order and the device runs the kernels")
-        return _matmuls(x, weights)
+        return _matmuls(x, in_kernel_order)
     if implementation is None:
         _log_choice("xla", reason or "the weight is in checkpoint order")
     return tuple(_reference(x, weight) for weight in weights)

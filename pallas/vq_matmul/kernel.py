@@ -30,7 +30,7 @@ def partial_products(
     words: Sequence[UInt[Array, "G rows columns words"]],
     tables: Sequence[Sequence[Float[Array, "G k p"]]],
     x: Float[Array, "m in"] | None = None,
-    offsets: Sequence[Float[Array, " in"]] = (),
+    offsets: Sequence[Float[Array, " in"] | None] = (),
 ) -> tuple[Float[Array, "slots m out"], Float[Array, "weights chunks m"] | None]:
     """Partial sums of `x @ w.T` for the weights of a plan, side by side, and of x times their offsets.
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -21,7 +21,7 @@ from vptq_jax.pallas.vq_matmul.plan import MAX_ROWS, MAX_ROWS_SHARED_TAIL, Confi
 from vptq_jax.pallas.vq_matmul.tuning import tuned
 
 _UNROLLED = 32
-_KINDS = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16"}
+_KINDS: dict[Any, Literal["bf16", "f16"]] = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16"}
 
 
 def one_launch(weights: Sequence[KernelArray]) -> bool:

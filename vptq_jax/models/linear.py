@@ -65,6 +65,15 @@ class VQLinear(nnx.Module):
     the weight in kernel order instead, for inference on a GPU, and only the bias is a parameter.
     """
 
+    indices: VQIndices
+    outlier_indices: VQIndices | None
+    perm: VQIndices | None
+    codebook: nnx.Param
+    res_codebook: nnx.Param | None
+    outlier_codebook: nnx.Param | None
+    scale: nnx.Param | None
+    offset: nnx.Param | None
+
     def __init__(self, weight: VQArray, bias: Array | jax.ShapeDtypeStruct | None = None):
         self.layout = weight.layout
         self.order: Order | None = None
