@@ -46,7 +46,7 @@ def specs(draw) -> VQSpec:
     )
 
 
-@settings(max_examples=8)  # Each compiles programs of its own.
+@settings(max_examples=5)  # Each compiles programs of its own.
 @given(spec=specs(), out_features=st.integers(10, 33), wide=st.booleans())
 def test_every_spec_gives_a_valid_array_and_the_error_that_is_reported(spec, out_features, wide):
     W, H = operator(out_features, 140 if wide else 24)
