@@ -27,7 +27,7 @@ from vptq_jax.convert.vptq_format import SWAPPED, TENSORS, swap_codebooks
 from vptq_jax.files import new_directory
 from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.decoder import Decoder
-from vptq_jax.models.linear import Linear, VQLinear
+from vptq_jax.models.linear import Linear, VQLinear, unprepare
 from vptq_jax.spec import VQLayout
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -58,8 +58,12 @@ class ExportPlan:
 
 
 def plan_vptq(model: Decoder) -> ExportPlan:
-    """The export of a quantized model to the community's VPTQ format; the model may be abstract."""
+    """The export of a quantized model to the community's VPTQ format; the model may be abstract.
+
+    Layers in kernel order change back to checkpoint order, in place.
+    """
     layers = quantized_layers(model)
+    unprepare(layers)
     swapped = [path for path, layer in layers.items() if _needs_swap(layer.layout)]
     problems = list(_config_problems(model.config))
     if not layers:
@@ -87,11 +91,14 @@ def plan_vptq(model: Decoder) -> ExportPlan:
 def plan_hf(model: Decoder, dtype: Any = None) -> ExportPlan:
     """The export to plain Hugging Face, quantized layers dequantized; the model may be abstract.
 
+    Layers in kernel order change back to checkpoint order, in place.
+
     Args:
         model: plain or quantized.
         dtype: of all parameters; None means the dtype of the model's activations.
     """
     target = check_dtype(dtype) or np.dtype(model.dtype)
+    unprepare(quantized_layers(model))
     notes = [f"{len(quantized_layers(model))} quantized layers become dense"] if quantized_layers(model) else []
     tensors = dict(_tensors(model, {}, target, ()))
     config = config_json(dataclasses.replace(model.config, dtype=target.name))

@@ -332,6 +332,19 @@ def test_the_original_software_computes_our_logits(tmp_path, specs):
     np.testing.assert_allclose(np.asarray(model(TOKENS)), original_logits(tmp_path / "m"), atol=2e-4)
 
 
+@pytest.mark.parametrize("plan", [plan_vptq, plan_hf])
+def test_layers_in_kernel_order_are_exported_like_any_other(plan):
+    model, prepared = (random_model(CONFIG, ("v8-k16-8",), jnp.bfloat16) for _ in range(2))
+    for layer in prepared.linears().values():
+        layer.prepare(dtype=jnp.bfloat16)
+        assert layer.order is not None
+    expected, found = plan(model), plan(prepared)
+    assert expected.config == found.config
+    assert expected.tensors.keys() == found.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert found.tensors[name].read().tobytes() == tensor.read().tobytes(), name
+
+
 def test_a_larger_residual_codebook_changes_roles_and_back(tmp_path):
     model = random_model(CONFIG, ("v6-k4-64",))
     plan = plan_vptq(model)
