@@ -22,7 +22,7 @@ quickstart: $(VENV)/.run $(VENV)/.smollm2
 	$(BIN)/vptq-jax quickstart
 
 test: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.original
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.original
 	$(BIN)/python -m pytest -m slow

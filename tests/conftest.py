@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -26,6 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _has_hopper() -> bool:
     device = jax.devices()[0]
     return device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 9.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs() -> Iterator[None]:
+    """Frees a file's programs: thousands of them in one process exhaust its memory mappings, and XLA crashes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
