@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from vptq_jax.models.decoder import Decoder
     from vptq_jax.models.streamed import StreamedModel
 
-out = Console(soft_wrap=True)
+# In a file or a pipe a table takes the width that it needs.
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 """Results, on standard output."""
 
 log = Console(stderr=True, soft_wrap=True)
