@@ -260,10 +260,7 @@ class QuantConfig:
         tolerance: a refinement round that gains less than this share of the loss is the last.
         damping: added to the Hessian's diagonal, as a share of the mean diagonal.
         mode: `independent` (all Hessians from the full-precision model, as in the paper) or
-            `sequential` (Hessians of a block from the already quantized blocks before it).
-        compensation: in sequential mode, the share (0 to 1) of the error of earlier blocks that a layer's
-            target is corrected for: 1 aims at the outputs of the full-precision model. It fits the calibration
-            text closely: on 8 thousand tokens it made perplexity worse, so compare with 0 on other text.
+            `sequential` (the Hessian of a layer behind everything that is quantized before it, in its block too).
 
     Raises:
         ValueError: a spec does not parse, a regular expression does not compile, or a number is
@@ -279,7 +276,6 @@ class QuantConfig:
     tolerance: float = 1e-3
     damping: float = 0.01
     mode: Mode = "independent"
-    compensation: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spec", as_spec(self.spec))
@@ -296,10 +292,6 @@ class QuantConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")
         if self.mode not in ("independent", "sequential"):
             raise ValueError(f"mode is {self.mode!r}; expected 'independent' or 'sequential'")
-        if not 0 <= self.compensation <= 1:
-            raise ValueError(f"compensation is {self.compensation}; expected a share from 0 to 1")
-        if self.compensation and self.mode != "sequential":
-            raise ValueError(f"compensation is {self.compensation} but mode is {self.mode!r}; it needs 'sequential'")
 
     def spec_for(self, path: str, *, decoder_linear: bool = True) -> VQSpec | None:
         """The spec of a module path: the first matching rule, else the default for decoder linears."""

@@ -51,13 +51,9 @@ def quantize(
         str,
         typer.Option(
             metavar="independent|sequential",
-            help="Calibrate every layer on the original model, or each block behind the quantized ones before it.",
+            help="Calibrate every layer on the original model, or behind the quantized layers before it.",
         ),
     ] = QuantConfig.mode,
-    compensation: Annotated[
-        float,
-        typer.Option(help="In sequential mode: the share of earlier blocks' error that a block makes good, 0 to 1."),
-    ] = QuantConfig.compensation,
     rounds: Annotated[
         int, typer.Option(min=0, help="Rounds of refinement; 0 is the algorithm of the paper.")
     ] = QuantConfig.rounds,
@@ -95,7 +91,6 @@ def quantize(
         seed=seed,
         rounds=rounds,
         mode=mode,  # type: ignore[arg-type]  # QuantConfig checks it
-        compensation=compensation,
     )
     if mode == "sequential" and (hessians is not None or save_hessians is not None):
         raise ValueError("--mode sequential collects its own Hessians; leave out --hessians and --save-hessians")

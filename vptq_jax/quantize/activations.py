@@ -31,7 +31,7 @@ def hessian_key(path: str) -> str:
 
 
 class Moment(NamedTuple):
-    """A running sum of X^T Y in float32, with what rounding has taken from it."""
+    """A running sum of X^T X in float32, with what rounding has taken from it."""
 
     total: Float[Array, "in in"]
     lost: Float[Array, "in in"]
@@ -41,12 +41,11 @@ class Moment(NamedTuple):
         """The sum over no tokens."""
         return cls(jnp.zeros((features, features), jnp.float32), jnp.zeros((features, features), jnp.float32))
 
-    def add(self, x: Float[Array, "*batch in"], y: Float[Array, "*batch in"] | None = None) -> Moment:
-        """Adds X^T Y (by default X^T X), losing no more than a single rounding over any number of calls."""
+    def add(self, x: Float[Array, "*batch in"]) -> Moment:
+        """Adds X^T X, losing no more than a single rounding over any number of calls."""
         rows = x.reshape(-1, x.shape[-1])
-        columns = rows if y is None else y.reshape(-1, y.shape[-1])
         term = jnp.einsum(
-            "ti,tj->ij", rows, columns, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+            "ti,tj->ij", rows, rows, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
         )
         # Kahan's summation with Knuth's two-sum, which needs no order of magnitudes.
         term = term + self.lost
@@ -83,13 +82,12 @@ class Activations:
         """Replaces the hidden states by the outputs of a block."""
         self._hidden = self._fetch(_run(block, jnp.asarray(h), self._at[h.shape[1]]) for h in self._hidden)
 
-    def observe(self, block: Block, name: str, *, advance: bool) -> dict[str, Float[np.ndarray, "in in"]]:
-        """H of the inputs of a block's linear layers, by module path.
+    def observe(self, block: Block, name: str) -> dict[str, Float[np.ndarray, "in in"]]:
+        """H of the inputs of a block's linear layers, by module path; the hidden states advance.
 
         Args:
             block: the block that these hidden states enter.
             name: its module path, such as `model.layers.0`.
-            advance: replace the hidden states by the block's outputs.
 
         Raises:
             ValueError: an input is not finite; names the layer.
@@ -102,36 +100,25 @@ class Activations:
                 out, moments = _observe(block, jnp.asarray(h), self._at[h.shape[1]], moments)
                 yield out
 
-        hidden = self._fetch(outputs())
-        if advance:
-            self._hidden = hidden
+        self._hidden = self._fetch(outputs())
         return self._means(_in_forward_order(moments, block), name)
 
-    def observe_drift(
-        self, exact: Activations, block: Block, name: str
-    ) -> tuple[dict[str, Float[np.ndarray, "in in"]], dict[str, Float[np.ndarray, "in in"]]]:
-        """As `observe`, and the drift moments D = (X - X~)^T X~ / T against the full-precision model's inputs X.
+    def observe_layer(self, block: Block, name: str, key: str) -> Float[np.ndarray, "in in"]:
+        """H of one input of a block; the hidden states stay, and what lies behind that input is not computed.
 
         Args:
-            exact: hidden states of the full-precision model, which advance; these ones (X~) stay.
-            block: full-precision block.
-            name: its module path.
+            block: the block that these hidden states enter.
+            name: its module path, such as `model.layers.0`.
+            key: the input, as `hessian_key` names it.
 
-        Returns:
-            (H of X~, D), by module path.
+        Raises:
+            ValueError: an input is not finite; names the layer.
         """
-        moments, drifts = _zero_moments(block), _zero_moments(block)
-
-        def outputs() -> Iterator[Array]:
-            nonlocal moments, drifts
-            for h, h_exact in zip(self._hidden, exact._hidden, strict=True):
-                at = self._at[h.shape[1]]
-                out, moments, drifts = _observe_pair(block, jnp.asarray(h), jnp.asarray(h_exact), at, moments, drifts)
-                yield out
-
-        exact._hidden = self._fetch(outputs())
-        means = self._means(_in_forward_order(moments, block), name)
-        return means, {f"{name}.{path}": drift.mean(self.tokens) for path, drift in drifts.items()}
+        path = key.removeprefix(f"{name}.")
+        moment = _zero_moments(block)[path]
+        for h in self._hidden:
+            moment = _observe_layer(block, jnp.asarray(h), self._at[h.shape[1]], moment, path)
+        return self._means({path: moment}, name)[key]
 
     def observe_head(self) -> Float[np.ndarray, "in in"]:
         """H of the output projection's input: the hidden states behind the last block, normalized."""
@@ -220,22 +207,9 @@ def _observe(
     return h, {path: moment.add(inputs[path]) for path, moment in moments.items()}
 
 
-@functools.partial(jax.jit, donate_argnames=("moments", "drifts"))
-def _observe_pair(
-    block: Block,
-    h: Float[Array, "B T hidden"],
-    h_exact: Float[Array, "B T hidden"],
-    at: Rotary,
-    moments: dict[str, Moment],
-    drifts: dict[str, Moment],
-) -> tuple[Float[Array, "B T hidden"], dict[str, Moment], dict[str, Moment]]:
-    """The block's output for `h_exact`, and the moments with this batch added."""
-    out, inputs = _apply_tapped(block, jnp.concatenate([h, h_exact]), at)
-    for path, both in inputs.items():
-        x, exact = jnp.split(both.astype(jnp.float32), 2)
-        moments |= {path: moments[path].add(x)}
-        drifts |= {path: drifts[path].add(exact - x, x)}
-    return out[len(h) :], moments, drifts
+@functools.partial(jax.jit, static_argnames="path", donate_argnames="moment")
+def _observe_layer(block: Block, h: Float[Array, "B T hidden"], at: Rotary, moment: Moment, path: str) -> Moment:
+    return moment.add(_apply_tapped(block, h, at)[1][path])
 
 
 @functools.partial(jax.jit, donate_argnames="moment")

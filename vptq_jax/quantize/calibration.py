@@ -8,18 +8,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from vptq_jax.models.decoder import Block, Decoder
 from vptq_jax.models.linear import Linear, VQLinear
 from vptq_jax.quantize.activations import Activations, hessian_key
 from vptq_jax.quantize.fingerprint import block_digests, bytes_digest, layer_digests
 from vptq_jax.quantize.hessian import Hessians
-from vptq_jax.quantize.linalg import dot
 from vptq_jax.spec import QuantConfig
 
 T = TypeVar("T")
@@ -31,7 +28,7 @@ class Calibration(Protocol):
     seconds: float
 
     def enter(self, block: Block, layer: int, *, needed: bool) -> None:
-        """A full-precision block is about to be quantized; `needed` if any of its layers is not finished."""
+        """A full-precision block is about to be quantized in place; `needed` if any of its layers is not finished."""
         ...
 
     def leave(self, block: Block) -> None:
@@ -44,10 +41,6 @@ class Calibration(Protocol):
 
     def inputs(self, path: str) -> dict[str, str]:
         """What H of that layer depends on, as digests."""
-        ...
-
-    def target(self, path: str, weight: Float[Array, "out in"]) -> Float[Array, "out in"]:
-        """The weight that quantization of that layer should approach."""
         ...
 
 
@@ -73,84 +66,72 @@ class GivenHessians:
         """See `Calibration`."""
         return {"hessian": bytes_digest(self._hessians.for_module(path))}
 
-    def target(self, path: str, weight: Float[Array, "out in"]) -> Float[Array, "out in"]:
-        """See `Calibration`."""
-        return weight
-
 
 class RunningCalibration:
-    """Batches that pass the model block by block, in front of (or behind) its quantization.
+    """Batches that pass the model block by block, in front of (or within) its quantization.
+
+    In mode "independent" every H comes from the full-precision model. In mode "sequential" the H of a layer is
+    observed when it is asked for, behind everything that is quantized by then: earlier blocks, and earlier layers
+    of the same block.
 
     Args:
         model: embedding, rotary positions and final norm.
         batches: int32 [B, T] each.
-        config: mode and compensation.
+        config: the mode.
         last: the last block that batches must reach; behind it nothing is left to do.
     """
 
     def __init__(self, model: Decoder, batches: list[np.ndarray], config: QuantConfig, last: int):
         self.seconds = 0.0
-        self._config, self._last = config, last
+        self._sequential, self._last = config.mode == "sequential", last
         self._tokens = hashlib.blake2b("".join(map(bytes_digest, batches)).encode(), digest_size=16).hexdigest()
-        self._before = ""  # digest of all full-precision weights in front of the current block
+        self._weights = ""  # digest of all full-precision weights up to the current block
         self._extend(layer_digests(model.embed_tokens, "model.embed_tokens"))
-        self._digests: Mapping[str, str] = {}
-        self._layer = -1
+        self._block: Block | None = None
+        self._name = ""
         self._hessians: dict[str, np.ndarray] = {}
-        self._drifts: dict[str, np.ndarray] = {}
-        self._activations = self._exact = None
-        if last >= 0:
-            self._activations = self._timed(lambda: Activations(model, batches))
-        if last >= 0 and config.compensation:
-            self._exact = self._timed(lambda: Activations(model, batches))
+        self._activations = self._timed(lambda: Activations(model, batches)) if last >= 0 else None
 
     def enter(self, block: Block, layer: int, *, needed: bool) -> None:
         """See `Calibration`."""
-        name = f"model.layers.{layer}"
-        self._layer, self._digests = layer, block_digests(block, name)
-        self._hessians, self._drifts = {}, {}
-        activations, exact = self._activations, self._exact
-        if activations is None or layer > self._last:
+        self._name = f"model.layers.{layer}"
+        self._extend(block_digests(block, self._name))
+        self._hessians = {}
+        activations = self._activations
+        self._block = block if activations is not None and layer <= self._last else None
+        if activations is None or self._block is None or self._sequential:
             return
-        independent = self._config.mode == "independent"
-        if exact is not None and needed:
-            self._hessians, self._drifts = self._timed(lambda: activations.observe_drift(exact, block, name))
-        elif exact is not None:
-            self._timed(lambda: exact.advance(block))
-        elif needed:
-            self._hessians = self._timed(lambda: activations.observe(block, name, advance=independent))
-        elif independent:
+        if needed:
+            self._hessians = self._timed(lambda: activations.observe(block, self._name))
+        else:
             self._timed(lambda: activations.advance(block))
 
     def leave(self, block: Block) -> None:
         """See `Calibration`."""
-        self._extend(self._digests)
         activations = self._activations
-        if activations is not None and self._layer <= self._last and self._config.mode == "sequential":
+        if activations is not None and self._block is not None and self._sequential:
             self._timed(lambda: activations.advance(_dense(block)))
+        self._block = None
 
     def hessian(self, path: str) -> Float[np.ndarray, "in in"]:
         """See `Calibration`."""
-        if path.startswith("model.layers."):
-            return self._hessians[hessian_key(path)]
-        assert self._activations is not None
-        return self._activations.observe_head()
+        activations = self._activations
+        assert activations is not None, "asked for the H of a layer that is finished"
+        if not path.startswith("model.layers."):
+            return activations.observe_head()
+        key, block = hessian_key(path), self._block
+        if key not in self._hessians:
+            assert block is not None
+            self._hessians[key] = self._timed(lambda: activations.observe_layer(_dense(block), self._name, key))
+        return self._hessians[key]
 
     def inputs(self, path: str) -> dict[str, str]:
         """See `Calibration`."""
-        return {"token ids": self._tokens, "weights before": self._before}
-
-    def target(self, path: str, weight: Float[Array, "out in"]) -> Float[Array, "out in"]:
-        """See `Calibration`."""
-        drift = self._drifts.get(hessian_key(path))
-        if drift is None:
-            return weight
-        config = self._config
-        return compensated_target(weight, self.hessian(path), drift, config.compensation, config.damping)
+        return {"token ids": self._tokens, "weights up to its block": self._weights}
 
     def _extend(self, digests: Mapping[str, str]) -> None:
-        text = json.dumps([self._before, sorted(digests.items())])
-        self._before = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        text = json.dumps([self._weights, sorted(digests.items())])
+        self._weights = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def _timed(self, function: Callable[[], T]) -> T:
         started = time.perf_counter()
@@ -160,35 +141,8 @@ class RunningCalibration:
             self.seconds += time.perf_counter() - started
 
 
-@jax.jit
-def compensated_target(
-    W: Float[Array, "out in"],
-    H: Float[Array, "in in"],
-    D: Float[Array, "in in"],
-    share: float,
-    damping: float,
-) -> Float[Array, "out in"]:
-    """The weight whose outputs on drifted inputs come nearest to those of W on exact inputs.
-
-    Minimizes |X W^T - X~ V^T|^2 over V, with a ridge that pulls towards W: V = W + share * W D (H + damping)^-1.
-
-    Args:
-        W: weight, any float dtype.
-        H: second moment of the drifted inputs X~.
-        D: drift moment (X - X~)^T X~ / T.
-        share: 0 returns W.
-        damping: ridge, as a share of the mean diagonal of H.
-    """
-    weight = W.astype(jnp.float32)
-    ridge = damping * jnp.trace(H) / len(H)
-    # The floor keeps a zero Hessian, whose drift moment is zero as well, solvable.
-    factor = jax.scipy.linalg.cho_factor(H + jnp.maximum(ridge, jnp.finfo(jnp.float32).tiny) * jnp.eye(len(H)))
-    step = jax.scipy.linalg.cho_solve(factor, dot(weight, D).T).T
-    return jnp.where(jnp.isfinite(step).all(), weight + share * step, weight)
-
-
 def _dense(block: Block) -> Block:
-    """The block with dense copies of its quantized layers, so that all blocks run one compiled program."""
+    """The block with dense copies of its quantized layers, so that blocks in every state run one compiled program."""
     block = nnx.merge(*nnx.split(block))
     dtype = block.input_layernorm.weight.dtype
     for _, owner, name in list(block.places()):

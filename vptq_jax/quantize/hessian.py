@@ -133,7 +133,7 @@ def collect_hessians(
             for layer in range(len(shell.layers)):
                 name = f"model.layers.{layer}"
                 block = model.block(layer) if isinstance(model, StreamedModel) else model.layers[layer]
-                _merge(means, activations.observe(block, name, advance=True), share)
+                _merge(means, activations.observe(block, name), share)
                 if not tokens:
                     blocks |= block_digests(block, name)
                 bar.update(len(chunk))

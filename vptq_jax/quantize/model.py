@@ -228,7 +228,7 @@ class _Operators:
         started = time.perf_counter()
         config = self._config
         array, stats = quantize_weight(
-            calibration.target(path, weight),
+            weight,
             hessian,
             self._specs[path],
             key=operator_key(config.seed, path),
