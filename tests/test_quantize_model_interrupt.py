@@ -10,7 +10,7 @@ import time
 import pytest
 
 SCRIPT = """
-import sys
+import os, sys
 import jax, numpy as np
 from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.params import RandomSource
@@ -26,6 +26,17 @@ config = ModelConfig.from_hf({
 model = build(config, RandomSource(jax.random.key(0), std=0.2))
 batches = [np.asarray(jax.random.randint(jax.random.key(i), (2, 16), 0, 64)) for i in range(3)]
 quant = QuantConfig("v4-k16-16", kmeans_iters=5, rounds=1, mode="sequential")
+replace, pause_at, renamed = os.replace, int(sys.argv[2]), 0
+
+def pausing_replace(source, target):
+    global renamed
+    renamed += str(target).endswith(".safetensors")
+    if renamed and renamed == pause_at:
+        print("paused", flush=True)
+        sys.stdin.read()
+    replace(source, target)
+
+os.replace = pausing_replace
 print("ready", flush=True)
 quantize(model, quant, batches, workdir=sys.argv[1], progress=False)
 print("done", flush=True)
@@ -44,13 +55,15 @@ def start(tmp_path_factory):
     }
     running = []
 
-    def start(directory):
+    def start(directory, pause_at=0):
+        """Given `pause_at`, it waits with that operator written but not yet under its name."""
         process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(directory)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-c", SCRIPT, str(directory), str(pause_at)],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         running.append(process)
-        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        for line in ("ready", "paused")[: 1 + bool(pause_at)]:
+            assert process.stdout.readline() == f"{line}\n", process.stderr.read()
         return process
 
     yield start
@@ -85,23 +98,17 @@ def operators(directory):
     return {name for name in contents(directory) if name.endswith(".safetensors")}
 
 
-def kill_after(process, directory, count):
-    """Sends SIGKILL once `count` operators are finished."""
-    while process.poll() is None and len(operators(directory)) < count:
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "finished before it could be killed"
-
-
-def test_killed_twice_and_run_again(start, reference, tmp_path):
+def test_killed_twice_while_writing_and_run_again(start, reference, tmp_path):
     files, _ = reference
-    for count in (5, 20):
-        kill_after(start(tmp_path), tmp_path, count)
+    for before, count in ((0, 5), (4, 20)):
+        process = start(tmp_path, count - before)
+        process.kill()
+        process.communicate()
         left = contents(tmp_path)
         finished = {name: left[name] for name in operators(tmp_path)}
         assert finished.items() <= files.items(), "an operator file differs or is partial"
-        assert count <= len(finished) < 42
+        assert len(finished) == count - 1
+        assert len(left) == len(finished) + 2, "run.json and the file that was being written"
     finish(start(tmp_path))
     assert contents(tmp_path) == files
 
@@ -128,9 +135,7 @@ def test_killed_at_ten_random_moments(start, reference, tmp_path):
 
 def test_interrupt_stops_at_once_and_leaves_whole_files(start, reference, tmp_path):
     files, _ = reference
-    process = start(tmp_path)
-    while len(operators(tmp_path)) < 3:
-        time.sleep(0.01)
+    process = start(tmp_path, 3)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode in (-signal.SIGINT, 130)
