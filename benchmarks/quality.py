@@ -12,17 +12,23 @@ calibration tokens, 64 windows of 1024 for evaluation.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 import vptq_jax as vq
 from vptq_jax import data
+from vptq_jax.quantize import weight
 
 SPECS = ("v4-k256", "v6-k4096", "v8-k256-256", "v12-k4096-4096", "v8-k4096-4096")
 
@@ -33,9 +39,10 @@ def model_rows(specs: list[str], modes: list[str], seeds: list[int], options: di
 
 
 def ablation_rows(seeds: list[int]) -> list[dict[str, Any]]:
-    """One step a row, at about 2 and 3 index bits. (What comes before the column pass is in each row's errors.)"""
+    """One step a row, at about 2 and 3 index bits."""
     rows: list[dict[str, Any]] = []
     for main, residual, outlier in (("v4-k256", "v8-k256-256", "v2k256"), ("v2-k64", "v4-k64-64", "v2k256")):
+        rows += [{"spec": main, "rounds": 0, "variant": variant} for variant in VARIANTS]
         rows += [{"spec": spec, "rounds": 0} for spec in (main, residual)]
         rows += [{"spec": f"{residual}-o{percent}{outlier}", "rounds": 0} for percent in (1, 2, 5)]
         rows += [{"spec": f"{residual}-g{groups}", "rounds": 0} for groups in (2, 4, 8)]
@@ -44,12 +51,46 @@ def ablation_rows(seeds: list[int]) -> list[dict[str, Any]]:
     return [{"mode": "independent", "seed": seed} | row for seed in seeds for row in rows]
 
 
+def _nearest_only(W: Any, U: Any, codes: Any, segments: Any) -> Any:
+    """In place of the column pass: every vector takes its nearest centroid, nothing is compensated."""
+    codes = weight.assign(W, codes, segments)
+    return codes, W - weight.decode_all(segments, codes)
+
+
+def _unscaled(W: Any, H: Any, damping: Any, slot_columns: Any, *, normalize: bool, permute: bool) -> Any:
+    """In place of `weight.prepare`: the column pass takes the Hessian of the weights before normalization."""
+    problem = _prepare(W, H, damping, slot_columns, normalize=normalize, permute=permute)
+    scale = problem.scale[problem.perm][np.maximum(slot_columns, 0)]
+    return dataclasses.replace(problem, U=problem.U * jnp.where(slot_columns >= 0, scale, 1))
+
+
+_prepare = weight.prepare
+VARIANTS: dict[str, dict[str, Any]] = {
+    "k-means only": {"column_pass": _nearest_only},
+    "unscaled Hessian": {"prepare": _unscaled},
+}
+
+
+@contextlib.contextmanager
+def variant(name: str | None) -> Iterator[None]:
+    """Puts a step back to what it was before the algorithm had it, for the ablation alone."""
+    with contextlib.ExitStack() as stack:
+        for function, replacement in VARIANTS[name].items() if name else ():
+            stack.enter_context(mock.patch.object(weight, function, replacement))
+        if name:
+            weight.search.clear_cache()
+            stack.callback(weight.search.clear_cache)
+        yield
+
+
 def run_row(
     model: vq.Decoder, settings: dict[str, Any], calibration: vq.Hessians | list[np.ndarray], tokens: np.ndarray
 ) -> dict[str, Any]:
     """Quantizes and measures one row."""
+    options = dict(settings)
     start = time.perf_counter()
-    quantized, report = vq.quantize(model, vq.QuantConfig(**settings), calibration, progress=False)
+    with variant(options.pop("variant", None)):
+        quantized, report = vq.quantize(model, vq.QuantConfig(**options), calibration, progress=False)
     seconds = time.perf_counter() - start
     errors = [row["error"] for row in report.operators]
     return {

@@ -9,9 +9,11 @@ import collections
 import dataclasses
 import functools
 import gc
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,20 +133,27 @@ def bench_matmul(
         dtype: of activations and codebooks.
         seed: of the random weights.
     """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Compiling takes far longer than running.
+        return [time for shape in shapes for time in _shape_times(pool, ("bf16", *specs), shape, rows, dtype, seed)]
+
+
+def _shape_times(
+    pool: Executor, specs: Sequence[str], shape: tuple[int, int], rows: Sequence[int], dtype: Any, seed: int
+) -> list[MatmulTime]:
+    def weights(spec: str) -> list[Any]:
+        return _dense_weights(*shape, dtype, seed) if spec == "bf16" else packed_weights(spec, *shape, dtype, seed)
+
+    def program(case: tuple[str, int]) -> Callable[[], Any]:
+        spec, count = case
+        x = jax.random.normal(jax.random.key(seed), (count, shape[1]), dtype)
+        return product_of_each(_dense if spec == "bf16" else vq_matmul, x, made[spec])
+
+    made = dict(zip(specs, pool.map(weights, specs), strict=True))
+    cases = [(spec, count) for spec in specs for count in rows]
     times = []
-    product: Callable[[Array, Any], Array]
-    for out_features, in_features in shapes:
-        for spec in ("bf16", *specs):
-            if spec == "bf16":
-                product, weights = _dense, _dense_weights(out_features, in_features, dtype, seed)
-            else:
-                product, weights = vq_matmul, packed_weights(spec, out_features, in_features, dtype, seed)
-            for count in rows:
-                x = jax.random.normal(jax.random.key(seed), (count, in_features), dtype)
-                main, total = product_time(product, x, weights)
-                size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) // len(weights)
-                times.append(MatmulTime(spec, out_features, in_features, count, main, total, size))
-            del weights
+    for (spec, count), run in zip(cases, pool.map(program, cases), strict=True):
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(made[spec])) // len(made[spec])
+        times.append(MatmulTime(spec, *shape, count, *product_time(run, len(made[spec])), size))
     return times
 
 
@@ -317,16 +326,26 @@ def _dense_weights(out_features: int, in_features: int, dtype: Any, seed: int) -
 
 
 def _dense(x: Array, weight: Array) -> Array:
-    return jnp.einsum("mi,oi->mo", x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.einsum("mi,oi->mo", x, weight)
 
 
-def product_time(product: Callable[[Array, Any], Array], x: Array, weights: list[Any]) -> tuple[float, float]:
-    """Microseconds of the longest kernel of a product (median), and of all its kernels."""
-    run = jax.jit(lambda x, weights: [product(x, weight) for weight in weights])
-    times = device_times(lambda: run(x, weights))
+def product_of_each(product: Callable[[Array, Any], Array], x: Array, weights: list[Any]) -> Callable[[], Any]:
+    """A compiled program without arguments: one product with each of the weights."""
+    run = jax.jit(lambda x, weights: [product(x, weight) for weight in weights]).lower(x, weights).compile()
+    return lambda: run(x, weights)
+
+
+def product_time(run: Callable[[], Any], products: int) -> tuple[float, float]:
+    """Microseconds of the longest kernel of a product (median), and of all its kernels.
+
+    Args:
+        run: what `product_of_each` gave.
+        products: how many products it runs.
+    """
+    times = device_times(run)
     longest = max(times.values(), key=sum)
-    launches = max(1, round(len(longest) / _TRACED_RUNS / len(weights)))
-    total = sum(map(sum, times.values())) / _TRACED_RUNS / len(weights)
+    launches = max(1, round(len(longest) / _TRACED_RUNS / products))
+    total = sum(map(sum, times.values())) / _TRACED_RUNS / products
     return float(np.median(longest)) * launches, total
 
 
