@@ -248,10 +248,15 @@ class Plan:
         return tuple(books)
 
     @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block."""
+    def offset_start(self) -> int:
+        """Byte offset in shared memory of the warps' sums for the offset."""
         if self.shared_tail:
             tail = max(book.entries for book in self.books)
             return self.books[0].planes[1] + tail * _ROW_BYTES
         last = self.books[-1]
         return last.ring + (self.warps * self.order.entries * 32 * _ROW_BYTES if last.streamed else 0)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        return self.offset_start + (self.warps * self.rows * 4 if self.offsets else 0)
