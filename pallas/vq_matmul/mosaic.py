@@ -66,10 +66,14 @@ def make_decode_plan(weight: KernelArray, config: DecodeConfig | None = None) ->
 def matmul(
     x: Float[Array, "m in"], weights: Sequence[KernelArray], config: Config | None = None
 ) -> tuple[Float[Array, "m out"], ...]:
-    """`x @ w.T` for each weight: in one launch for few rows, through the decoded weight for many."""
+    """`x @ w.T` for each weight: in one launch for few rows, through the decoded weight for many.
+
+    The configuration may be a `DecodeConfig` for many rows; another one says nothing about them.
+    """
     if x.shape[0] <= MAX_ROWS:
         return _fused(x, weights, config)
-    return tuple(_decode_once(x, weight) for weight in weights)
+    decode_config = config if isinstance(config, DecodeConfig) else None
+    return tuple(_decode_once(x, weight, decode_config) for weight in weights)
 
 
 def _fused(
