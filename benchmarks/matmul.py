@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from vptq_jax import bench
 from vptq_jax.pallas.vq_matmul import mosaic
-from vptq_jax.pallas.vq_matmul.plan import Config
+from vptq_jax.pallas.vq_matmul.dequantize import DecodeConfig
+from vptq_jax.pallas.vq_matmul.plan import MAX_ROWS, Config
 
 SPECS = ["v8-k256-256", "v8-k4096", "v6-k4096", "v8-k4096-4096", "v12-k4096-4096", "v8-k65536", "v8-k65536-256"]
 SHAPES = ["14336x4096", "4096x14336", "4096x4096", "1024x4096"]
@@ -33,15 +34,23 @@ def table(specs: list[str], shapes: list[tuple[int, int]], rows: list[int]) -> s
 
 
 def tune(spec: str, shape: tuple[int, int], rows: int) -> list[tuple[float, Config]]:
-    """Every configuration of a small sweep with its microseconds, fastest first."""
+    """Every configuration of a small sweep with its microseconds, fastest first.
+
+    For up to 64 rows the time of the kernel, for more that of decoding and dense product.
+    """
     x = jax.random.normal(jax.random.key(0), (rows, shape[1]), jnp.bfloat16)
     weights = bench.packed_weights(spec, *shape, jnp.bfloat16, seed=0)
-    processors = Config().blocks if jax.default_backend() == "cpu" else mosaic.device.num_processors()
+    blocks = mosaic.device.num_processors()
+    if rows <= MAX_ROWS:
+        sweep = itertools.product((1, 2, 4, 8, 16), (1, 2), (1024, 4096))
+        configs = [Config(blocks, *values) for values in sweep]
+    else:
+        sweep = itertools.product((1, 2), (4, 8, 16), (True, False), (1, 2))
+        configs = [DecodeConfig(n * blocks, team=team, bulk=bulk, buffers=b) for n, team, bulk, b in sweep]
     found = []
-    for column_warps, prefetch, entries in itertools.product((1, 2, 4, 8, 16), (1, 2), (1024, 4096)):
-        config = Config(processors, column_warps, prefetch, entries)
+    for config in configs:
         run = bench.product_of_each(lambda x, w, config=config: mosaic.matmul(x, [w], config)[0], x, weights)
-        found.append((bench.product_time(run, len(weights))[0], config))
+        found.append((bench.product_time(run, len(weights))[0 if rows <= MAX_ROWS else 1], config))
     return sorted(found, key=lambda pair: pair[0])
 
 

@@ -148,6 +148,11 @@ def barrier() -> None:
     gpu.barrier()
 
 
+def named_barrier(name: Int, threads: int) -> None:
+    """Waits for `threads` threads, whole warps, that name the same barrier, 1 to 15."""
+    _asm([], [name], f"bar.sync $0,{threads};", "r")
+
+
 def warp_barrier() -> None:
     """Orders memory among the 32 threads of a warp."""
     _asm([], [], "bar.warp.sync 0xffffffff;", "")
@@ -270,6 +275,12 @@ def store_shared_float(address: Int, value: ir.Value) -> None:
     _asm([], [address, value], "st.shared.f32 [$0],$1;", "r,f")
 
 
+def store_shared_half(address: Int, word: Int) -> None:
+    """The lower 16 bits of a word to shared memory."""
+    text = "{.reg .b16 l,h; mov.b32 {l,h},$1; st.shared.b16 [$0],l;}"
+    _asm([], [address, word], text, "r,r")
+
+
 def copy_async(address: Int, pointer: Pointer, size: int, condition: ir.Value | None = None) -> None:
     """Starts the copy of 8 or 16 bytes from device memory to shared memory, if the condition holds."""
     cache = "cg" if size == 16 else "ca"
@@ -289,6 +300,27 @@ def commit_copies() -> None:
 def wait_copies(pending: int) -> None:
     """Waits until at most `pending` groups of this thread are still running."""
     _asm([], [], f"cp.async.wait_group {pending};", "")
+
+
+def copy_bulk(pointer: Pointer, address: Int, size: Int) -> None:
+    """Starts the copy of `size` bytes, a multiple of 16, from shared to device memory; both addresses are too."""
+    text = "cp.async.bulk.global.shared::cta.bulk_group [$0],[$1],$2;"
+    _asm([], [pointer.value, address, size], text, "l,r,r")
+
+
+def fence_bulk_copies() -> None:
+    """Lets bulk copies that start behind the next barrier see what this thread stored to shared memory."""
+    _asm([], [], "fence.proxy.async.shared::cta;", "")
+
+
+def commit_bulk_copies() -> None:
+    """Closes a group of started bulk copies."""
+    _asm([], [], "cp.async.bulk.commit_group;", "")
+
+
+def wait_bulk_copies(pending: int) -> None:
+    """Waits until at most `pending` groups of this thread's bulk copies still read shared memory."""
+    _asm([], [], f"cp.async.bulk.wait_group.read {pending};", "")
 
 
 def gather_transposed(address: Int) -> list[Int]:
@@ -328,6 +360,11 @@ def shuffle_xor(value: ir.Value, mask: int) -> ir.Value:
 def shuffle_xor_int(value: Int, mask: int) -> Int:
     """The integer that the thread `lane ^ mask` of the warp holds."""
     return Int(_asm([_i32()], [value], f"shfl.sync.bfly.b32 $0,$1,{mask},31,0xffffffff;", "=r,r")[0])
+
+
+def shuffle(value: Int, lane: Int) -> Int:
+    """The integer that a thread of the warp holds."""
+    return Int(_asm([_i32()], [value, lane], "shfl.sync.idx.b32 $0,$1,$2,31,0xffffffff;", "=r,r,r")[0])
 
 
 def less(first: ir.Value, second: ir.Value) -> ir.Value:
@@ -389,6 +426,11 @@ def unpack(word: Int, kind: str) -> tuple[ir.Value, ir.Value]:
     text = "{.reg .b16 l,h; mov.b32 {l,h},$2; cvt.f32.f16 $0,l; cvt.f32.f16 $1,h;}"
     low, high = _asm([_f32()] * 2, [word], text, "=f,=f,r", pure=True)
     return low, high
+
+
+def pack(low: ir.Value, high: ir.Value, kind: str) -> Int:
+    """Two float32 rounded to 16-bit floats in one word, `kind` "bf16" or "f16"."""
+    return Int(_asm([_i32()], [high, low], f"cvt.rn.{kind}x2.f32 $0,$1,$2;", "=r,f,f", pure=True)[0])
 
 
 def multiply(first: ir.Value, second: ir.Value) -> ir.Value:

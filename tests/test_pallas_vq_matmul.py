@@ -6,6 +6,7 @@ import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ptx_simulator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,10 +23,21 @@ from vptq_jax.pallas.vq_matmul import (
     vq_matmul,
     vq_matmuls,
 )
+from vptq_jax.pallas.vq_matmul import dequantize as decoding
+from vptq_jax.pallas.vq_matmul import kernel as product_kernel
+from vptq_jax.pallas.vq_matmul.dequantize import DecodeConfig
 from vptq_jax.pallas.vq_matmul.layout import Order
-from vptq_jax.pallas.vq_matmul.plan import MAX_ROWS, Config, Plan
+from vptq_jax.pallas.vq_matmul.plan import Config, Plan
 from vptq_jax.spec import VQSpec
 
+# Besides `CASES`: vectors of odd length in both forms of table, outputs in several row groups.
+SIMULATED_CASES = [
+    ("v9-k4096-4096", 70, 130),
+    ("v3-k4096-16", 1100, 66),
+    ("v15-k256-256", 700, 64),
+    ("v14-k256", 300, 64),
+    ("v6-k4096", 1700, 128),
+]
 TOLERANCE = {jnp.bfloat16: 4e-3, jnp.float16: 1e-3}
 
 
@@ -138,10 +150,10 @@ def test_every_row_group_has_slots_for_its_blocks(outs, columns, groups, rows, b
 @pytest.mark.parametrize("rows", [1, 8, 64])
 def test_shared_memory_fits(spec, out_features, in_features, rows):
     kernel = jax.eval_shape(relayout, random_weight(spec, out_features, in_features))
-    plan = mosaic.make_plan([kernel], rows)
-    assert plan.shared_bytes <= 227 * 1024
-    for book in plan.books:
-        assert all(offset % 16 == 0 for offset in book.planes)
+    for plan in (mosaic.make_plan([kernel], rows), mosaic.make_decode_plan(kernel)):
+        assert plan.shared_bytes <= 227 * 1024
+        for book in plan.books:
+            assert all(offset % 16 == 0 for offset in book.planes)
 
 
 def test_missing_or_stale_tuning_runs_the_default(monkeypatch, caplog):
@@ -175,17 +187,9 @@ def _lower(function, *arguments):
 @pytest.mark.parametrize(("spec", "out_features", "in_features"), CASES)
 @pytest.mark.parametrize("rows", [1, 64, 100])
 def test_lowers_to_cuda(spec, out_features, in_features, rows):
-    if rows > MAX_ROWS and int(spec[1]) % 2 and spec[2] == "-":
-        pytest.skip("the decoding kernel stores pairs of components")
     kernel = jax.eval_shape(relayout, random_weight(spec, out_features, in_features))
     x = jax.ShapeDtypeStruct((rows, in_features), jnp.bfloat16)
     _lower(lambda x, w: mosaic.matmul(x, [w]), x, kernel)
-
-
-def test_many_rows_of_odd_vectors_run_without_a_kernel():
-    weight = random_weight("v5-k32", 33, 130)
-    x = _x(100, 130)
-    assert relative_error(mosaic.matmul(x, [relayout(weight)])[0], float64_product(x, weight)) < 4e-3
 
 
 def test_alike_weights_share_one_launch():
@@ -193,6 +197,54 @@ def test_alike_weights_share_one_launch():
     kernels = [relayout(random_weight("v8-k256-256", out, 256, seed=out), order) for out in (128, 64, 64)]
     text = _lower(lambda x, w: api._matmuls(x, w), _x(3, 256), kernels)
     assert text.count("mosaic_gpu_v2") == 1 or text.count("custom_call @mosaic_gpu") == 1
+
+
+# --- on a simulator -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def simulator(monkeypatch):
+    """Three processors that the kernels run on, on any machine."""
+    monkeypatch.setattr(mosaic.device, "num_processors", lambda: 3)
+    monkeypatch.setattr(mosaic, "tuned", lambda _: Config(blocks=3))
+    ptx_simulator.use(monkeypatch, product_kernel, decoding)
+
+
+@pytest.mark.parametrize(("spec", "out_features", "in_features"), [*CASES, *SIMULATED_CASES])
+def test_simulated_kernel_agrees_with_float64(simulator, spec, out_features, in_features):
+    weight = random_weight(spec, out_features, in_features)
+    kernel = relayout(weight)
+    for rows in (1, 20, 100):
+        x = _x(rows, in_features)
+        assert relative_error(mosaic.matmul(x, [kernel])[0], float64_product(x, weight)) <= TOLERANCE[jnp.bfloat16]
+
+
+@pytest.mark.parametrize("spec", ["v8-k256-256-g2-o1v4k256", "v6-k4096"])
+@pytest.mark.parametrize("rows", [1, 100])
+def test_simulated_kernel_in_float16(simulator, spec, rows):
+    weight = random_weight(spec, 100, 132, jnp.float16)
+    x = _x(rows, 132, jnp.float16)
+    found = mosaic.matmul(x, [relayout(weight)])[0]
+    assert relative_error(found, float64_product(x, weight)) <= TOLERANCE[jnp.float16]
+
+
+@pytest.mark.parametrize("spec", ["v8-k256-256", "v6-k4096", "v12-k4096-4096"])
+@pytest.mark.parametrize("options", [{"team": 4}, {"team": 8, "bulk": False}, {"bulk": False, "buffers": 1}])
+def test_simulated_decoding_is_independent_of_its_configuration(simulator, spec, options):
+    kernel = relayout(random_weight(spec, 300, 200))
+    x = jnp.eye(200, dtype=jnp.bfloat16)
+    expected = mosaic.matmul(x, [kernel])[0]
+    np.testing.assert_array_equal(expected, mosaic.matmul(x, [kernel], DecodeConfig(blocks=2, **options))[0])
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_simulated_kernel_of_several_weights(simulator, blocks):
+    """With fewer blocks than shares of the offsets, and with more."""
+    weights = [random_weight("v8-k256-256-g2", out, 512, seed=out) for out in (200, 128)]
+    kernels = [relayout(weight, Order(4, 4)) for weight in weights]
+    x = _x(2, 512)
+    for product, weight in zip(mosaic.matmul(x, kernels, Config(blocks=blocks)), weights, strict=True):
+        assert relative_error(product, float64_product(x, weight)) <= TOLERANCE[jnp.bfloat16]
 
 
 # --- the api ------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """The Mosaic GPU kernel that decodes one weight for the dense product of many rows.
 
-A warp decodes one unit at a time: every thread reads a centroid of 8 components with one load and
-stores it with one store where the transposed weight, [columns, outputs], wants it.
+Warps side by side down the output rows form a team. They decode 16 columns at a time into shared
+memory, where the team's outputs of a column lie in one run, and write the runs to device memory as
+full lines: vectors alone would reach it as pieces of a few bytes, and their number, not their
+bytes, would take the time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,125 +16,345 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, UInt
+from jaxtyping import Int as Ints
 
 from vptq_jax.pallas import ptx
-from vptq_jax.pallas.ptx import Int, Pointer
+from vptq_jax.pallas.ptx import SHARED_MEMORY_BYTES, Int, Pointer
 from vptq_jax.pallas.vq_matmul.kernel import Emitter, Slab
-from vptq_jax.pallas.vq_matmul.plan import Plan
+from vptq_jax.pallas.vq_matmul.plan import RESERVED_BYTES, Config, Plan
 
-CONSTANT_ROWS = 8  # Rows of ones below the weight: what multiplies them is added to every output.
-_BATCH = 8  # Entries whose centroids a thread loads before it stores the first.
+_STEP_COLUMNS = 16  # Columns decoded and written together.
+_PIECE_BYTES = 16  # What a thread stores at once; runs, and the rows of the result, are multiples of it.
+_NOWHERE = 0xFFFFFFFF  # The column of what is padding.
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig(Config):
+    """What may be tuned about the decoding; `column_warps` and `prefetch` have no meaning here.
+
+    Attributes:
+        cached_entries: a codebook too large for shared memory is left to L1 by default.
+        team: warps that write runs together: 4, 8 or 16 (runs of fewer may be no multiples of 16 bytes).
+        bulk: runs leave shared memory as one asynchronous copy each, not through registers.
+        buffers: most staging buffers, 1 or 2; with two, a team decodes while the copies before still run.
+    """
+
+    cached_entries: int = 0
+    team: int = 16
+    bulk: bool = True
+    buffers: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodePlan(Plan):
+    """One launch that decodes the only weight; the slabs are those of a product with one row."""
+
+    config: DecodeConfig
+
+    @property
+    def column_warps(self) -> int:
+        """All warps lie side by side down the output rows."""
+        return 1
+
+    @property
+    def run_rows(self) -> int:
+        """Outputs of a column that a team writes together."""
+        return self.config.team * self.grid.unit_rows
+
+    @property
+    def pitch(self) -> int:
+        """Bytes from run to run in the staging buffer, an odd number of pieces: neighbours share no bank."""
+        return (2 * self.run_rows // _PIECE_BYTES | 1) * _PIECE_BYTES
+
+    @property
+    def buffer_bytes(self) -> int:
+        """One staging buffer of one team."""
+        return _STEP_COLUMNS * self.pitch
+
+    @property
+    def teams(self) -> int:
+        """Teams of a block."""
+        return self.warps // self.config.team
+
+    @property
+    def buffers(self) -> int:
+        """Staging buffers of a team; the second gives way to codebooks."""
+        layout, planes = self.grid.layout, self.grid.planes
+        if self.shared_tail:
+            return 1
+        free = SHARED_MEMORY_BYTES - RESERVED_BYTES
+        sizes = [16 * planes * entries for entries in (layout.num_centroids, layout.num_res_centroids)]
+        books = sum(size for size in sizes if size <= free - self.teams * self.buffer_bytes)
+        fitting = (free - books) // (self.teams * self.buffer_bytes)
+        return 2 if min(self.config.buffers, fitting) >= 2 else 1
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The staging buffers."""
+        return self.teams * self.buffers * self.buffer_bytes
+
+    @property
+    def ring_bytes(self) -> int:
+        """Centroids that do not fit shared memory come through registers."""
+        return 0
 
 
 def transposed_weight(
-    plan: Plan, words: UInt[Array, "G rows columns words"], tables: Sequence[Float[Array, "G k p"]]
-) -> Float[Array, "columns out"]:
-    """The weight by kernel columns, [G * padded columns + CONSTANT_ROWS, outputs up to a multiple of 8].
+    plan: DecodePlan,
+    words: UInt[Array, "G rows columns words"],
+    tables: Sequence[Float[Array, "G k p"]],
+    columns: Ints[Array, " n"] | None,
+    column_scale: Float[Array, " n"],
+    offset: Float[Array, " in"] | None,
+) -> Float[Array, "in out"]:
+    """The weight without its outliers, [in_features, outputs up to a multiple of 8], in the dtype of the tables.
 
-    Columns are permuted, unscaled and centred as in the tables; the rows below them hold ones.
+    Args:
+        plan: the division of the work.
+        words: packed indices.
+        tables: main and, if there is one, residual table.
+        columns: original column of each kernel column, or None for the identity.
+        column_scale: of each kernel column.
+        offset: of each original column, or None.
+
+    Returns:
+        Centroids are added, scaled and offset in float32 and rounded once. Rows of outlier columns,
+        and outputs beyond out_features, are undefined.
     """
-    grid = plan.grid
-    columns = grid.layout.num_groups * grid.padded_columns
-    width = -(-grid.layout.out_features // 8) * 8
+    layout = plan.grid.layout
+    width = -(-layout.out_features // 8) * 8
+    extra = [column_scale, *(array for array in (columns, offset) if array is not None)]
 
     def body(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def emit(_: Any, *refs: Any) -> None:
-            *inputs, output, shared = refs
-            pointers = [Pointer.of(ref) for ref in inputs]
-            emitter = Emitter(plan, [[pointers[0], *pointers]], Pointer.of(output), ptx.shared_address(shared))
-            _Decoder(emitter, width).run()
+            *arrays, shared = refs
+            words, *pointers, output = [Pointer.of(array) for array in arrays]
+            books, (scale, *rest) = pointers[: len(tables)], pointers[len(tables) :]
+            emitter = Emitter(plan, [[words, words, *books]], output, ptx.shared_address(shared))
+            _Decoder(
+                plan,
+                emitter,
+                width,
+                scale,
+                columns=None if columns is None else rest[0],
+                offset=None if offset is None else rest[-1],
+            ).run()
 
         emit(*refs)
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((columns + CONSTANT_ROWS, width), tables[0].dtype),
+        out_type=jax.ShapeDtypeStruct((layout.in_features, width), tables[0].dtype),
         grid=(plan.blocks,),
         grid_names=("block",),
         num_threads=plan.warps // 4,
         thread_name="warpgroup",
         scratch_types=(plgpu.SMEM((plan.shared_bytes // 4,), jnp.uint32),),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(words, *tables)
+    )(words, *tables, *extra)
 
 
 class _Decoder:
-    def __init__(self, emitter: Emitter, width: int):
-        self.emitter, self.plan, self.width = emitter, emitter.plan, width
+    def __init__(
+        self,
+        plan: DecodePlan,
+        emitter: Emitter,
+        width: int,
+        scale: Pointer,
+        columns: Pointer | None,
+        offset: Pointer | None,
+    ):
+        self.plan, self.emitter, self.width = plan, emitter, width
+        self.scale, self.columns, self.offset = scale, columns, offset
+        self.team = emitter.warp // plan.config.team
+        self.team_warp = emitter.warp % plan.config.team
+        self.team_thread = (self.team_warp << 5) + emitter.lane
+        self.staging = emitter.shared + self.team * (plan.buffers * plan.buffer_bytes)
+        lane, length = emitter.lane, plan.grid.layout.vector_len
+        # Where a thread's entries of the first tile lie in the buffer: run, then output (see layout._to_streams).
+        first_row = emitter.plane * 8 if plan.grid.planes == 2 else ((lane >> 3) & 1) * length
+        run = (lane & 7) + ((lane >> 4) << 3)
+        self.place = self.staging + run * plan.pitch + (self.team_warp * plan.grid.unit_rows + first_row) * 2
+        self.uploads = self._run_uploads() if plan.config.bulk else self._piece_uploads()
 
     def run(self) -> None:
         plan, emitter = self.plan, self.emitter
         first = emitter.block * plan.total // plan.blocks
         stop = (emitter.block + 1) * plan.total // plan.blocks
         start = Slab(emitter, first)
+        unit = self._load(start)
         emitter.load_tables(start)
-        self._write_ones()
+        several = plan.grid.layout.num_groups > 1
 
         def body(index: Int, carry: list) -> list:
             slab = Slab(emitter, index)
-            following = emitter.load_words(Slab(emitter, (index + 1).minimum(stop - 1)))
-            count = plan.grid.stream_words
+            following = self._load(Slab(emitter, (index + 1).minimum(stop - 1)))
             group = []
-            if plan.grid.layout.num_groups > 1:
-                group = [slab.group.value]
+            if several:
+                group = [slab.group]
                 with ptx.when(ptx.differ(slab.group, Int(carry[-1]))):
                     ptx.barrier()
                     emitter.load_tables(slab)
-            with ptx.when(ptx.both(slab.row_valid, slab.column_valid)):
-                self._unit(slab, [Int(word) for word in carry[:count]])
-            return [word.value for word in following] + group
+            self._unit(slab, [Int(value) for value in carry[: len(following)]])
+            return [value.value for value in following + group]
 
-        words = [word.value for word in emitter.load_words(start)]
-        ptx.loop(first, stop, words + ([start.group.value] if plan.grid.layout.num_groups > 1 else []), body)
+        ptx.loop(first, stop, [value.value for value in unit + ([start.group] if several else [])], body)
+        if plan.config.bulk:
+            ptx.wait_bulk_copies(0)
 
-    def _write_ones(self) -> None:
-        """The constant rows, by the first block."""
-        emitter = self.emitter
-        ones = ptx.constant(0x3F803F80 if self.plan.kind == "bf16" else 0x3C003C00)
-        columns = self.plan.grid.layout.num_groups * self.plan.grid.padded_columns
-        chunks = CONSTANT_ROWS * self.width // 8
-        with ptx.when(emitter.block < 1):
-            for start in range(0, chunks, emitter.threads):
-                item = emitter.thread + start
-                with ptx.when(item < chunks):
-                    place = emitter.output.offset(columns * self.width * 2).at(item, 16)
-                    ptx.store_global(place, [ones] * 4)
+    def _load(self, slab: Slab) -> list[Int]:
+        """A unit's words; then, for the thread's column of every step, its original index; then their scales."""
+        places = [self._kernel_column(slab, step) for step in range(self.plan.order.steps)]
+        indices = places
+        if self.columns is not None:
+            indices = [ptx.load_cached(self.columns.at(place, 4), 1)[0] for place in places]
+        scales = [ptx.load_cached(self.scale.at(place, 4), 1)[0] for place in places]
+        return self.emitter.load_words(slab) + indices + scales
 
-    def _unit(self, slab: Slab, words: list[Int]) -> None:
-        plan, emitter, grid = self.plan, self.emitter, self.plan.grid
-        length, tiles = grid.layout.vector_len, plan.order.tiles
-        lane = emitter.lane
-        # The column of step 0 that this thread's entries belong to (see layout._to_streams).
+    def _kernel_column(self, slab: Slab, step: int) -> Int:
+        """The kernel column that the thread's entries of a step belong to."""
+        lane = self.emitter.lane
         column = slab.column_run * 32 + ((lane & 6) << 2) + ((lane >> 4) << 1) + (lane & 1)
-        row = slab.row_unit * grid.unit_rows
-        row = row + (emitter.plane * 8 if grid.planes == 2 else ((lane >> 3) & 1) * length)
-        for start in range(0, plan.order.entries, _BATCH):
-            batch = range(start, min(start + _BATCH, plan.order.entries))
-            centroids = [self._centroid(slab, words, entry) for entry in batch]
-            for entry, centroid in zip(batch, centroids, strict=True):
-                step, tile = divmod(entry, tiles)
-                entry_column = column + (32 * (step // 2) + 4 * (step % 2))
-                self._store(entry_column, row + tile * (3 - grid.planes) * length, centroid)
+        return column + (32 * (step // 2) + 4 * (step % 2))
 
-    def _centroid(self, slab: Slab, words: list[Int], entry: int) -> list[Int]:
-        parts = [self.emitter.read(slab, i, words, entry) for i in range(len(self.plan.books))]
-        if len(parts) == 1:
-            return parts[0]
+    def _unit(self, slab: Slab, unit: list[Int]) -> None:
+        """Decodes a unit step by step; the gathers of a step run while the one before is written."""
+        plan, steps = self.plan, self.plan.order.steps
+        words, indices, scales = unit[: -2 * steps], unit[-2 * steps : -steps], unit[-steps:]
+        offsets = [self._offset(index) for index in indices]
+        row = (slab.row_group * plan.row_warps + self.team * plan.config.team) * plan.grid.unit_rows
+        parts = self._gather(slab, words, 0)
+        for step in range(steps):
+            buffer = step % plan.buffers * plan.buffer_bytes
+            if plan.config.bulk:  # Copies may still read this buffer.
+                ptx.wait_bulk_copies(plan.buffers - 1)
+            self._synchronize()
+            for tile, part in enumerate(parts):
+                self._stage(buffer, tile, self._combine(part, ptx.as_float(scales[step]), offsets[step]))
+            if plan.config.bulk:
+                ptx.fence_bulk_copies()
+            self._synchronize()
+            if step + 1 < steps:
+                parts = self._gather(slab, words, step + 1)
+            self._upload(buffer, row, self._target(slab, step, indices[step]))
+
+    def _synchronize(self) -> None:
+        ptx.named_barrier(self.team + 1, 32 * self.plan.config.team)
+
+    def _offset(self, index: Int) -> Any:
+        if self.offset is None:
+            return ptx.float_constant(0.0)
+        return ptx.as_float(ptx.load_cached(self.offset.at(index, 4), 1)[0])
+
+    def _target(self, slab: Slab, step: int, index: Int) -> Int:
+        """The row of the result that a column goes to."""
+        grid = self.plan.grid
+        if grid.padded_columns == grid.layout.group_size:
+            return index
+        local = self._kernel_column(slab, step) - slab.group * grid.padded_columns
+        return ptx.select(local < grid.layout.group_size, index, _NOWHERE)
+
+    def _gather(self, slab: Slab, words: list[Int], step: int) -> list[list[list[Int]]]:
+        """For every tile the thread's centroid from each codebook, 8 components in 4 words."""
+        tiles, books = self.plan.order.tiles, range(len(self.plan.books))
+        return [
+            [self.emitter.read(slab, i, words, entry) for i in books]
+            for entry in range(step * tiles, step * tiles + tiles)
+        ]
+
+    def _combine(self, parts: list[list[Int]], scale: Any, offset: Any) -> list[Int]:
+        """The 8 values of the weight, in 4 words."""
+        kind = self.plan.kind
         if self.plan.shared_tail:  # The upper half of a tail row is the residual's.
             upper = self.emitter.plane.equals(1)
-            parts[1][:2] = [
-                ptx.select(upper, tail, head) for head, tail in zip(parts[1][:2], parts[1][2:], strict=True)
-            ]
-        return [ptx.add_packed(a, b, self.plan.kind) for a, b in zip(*parts, strict=True)]
+            moved = [ptx.select(upper, tail, head) for head, tail in zip(parts[1][:2], parts[1][2:], strict=True)]
+            parts = [parts[0], [*moved, *parts[1][2:]]]
+        combined = []
+        for words in zip(*parts, strict=True):
+            values = list(ptx.unpack(words[0], kind))
+            if len(words) > 1:
+                values = [ptx.add(a, b) for a, b in zip(values, ptx.unpack(words[1], kind), strict=True)]
+            low, high = (ptx.multiply_add(value, scale, offset) for value in values)
+            combined.append(ptx.pack(low, high, kind))
+        return combined
 
-    def _store(self, column: Int, row: Int, centroid: list[Int]) -> None:
-        length = self.plan.grid.layout.vector_len
-        width = 8 if length % 8 == 0 else 4 if length % 4 == 0 else 2
-        place = self.emitter.output.at(column, self.width * 2).at(row, 2)
-        for start in range(0, min(length, 8), width):
-            valid = row + start < self.width
-            if self.plan.grid.planes == 2 and start >= length - 8:
-                valid = ptx.both(valid, self.emitter.plane < 1)
+    def _stage(self, buffer: int, tile: int, values: list[Int]) -> None:
+        """Stores a vector (one plane of it) to its run; the width of the stores follows from its alignment."""
+        length, planes = self.plan.grid.layout.vector_len, self.plan.grid.planes
+        width = next(width for width in (8, 4, 2, 1) if length % width == 0)
+        place = self.place + (buffer + tile * (3 - planes) * length * 2)
+        common = length - 8 if planes == 2 else length  # Components beyond belong to the lower plane alone.
+        for start in range(0, common, width):
+            self._store(place + 2 * start, values, start, width)
+        if planes == 2 and common < 8:
+            with ptx.when(self.emitter.plane < 1):
+                for start in range(common, 8, width):
+                    self._store(place + 2 * start, values, start, width)
+
+    def _store(self, place: Int, values: list[Int], start: int, width: int) -> None:
+        if width == 1:
+            ptx.store_shared_half(place, values[start // 2] >> (16 * (start % 2)))
+        else:
+            ptx.store_shared(place, values[start // 2 : (start + width) // 2])
+
+    def _upload(self, buffer: int, row: Int, column: Int) -> None:
+        """Writes the runs of a step, whose first output is `row`."""
+        for upload in self.uploads:
+            # The column of a run is known to the threads that decode it.
+            target = ptx.shuffle(column, upload.holder)
+            start = row + upload.row
+            valid = ptx.both(target < self.plan.grid.layout.in_features, start < self.width)
+            if upload.exists is not None:
+                valid = ptx.both(valid, upload.exists)
             with ptx.when(valid):
-                ptx.store_global(place.offset(2 * start), centroid[start // 2 : (start + width) // 2])
+                place = self.emitter.output.at(target, self.width * 2).at(start, 2)
+                if self.plan.config.bulk:
+                    count = (self.width - start).minimum(self.plan.run_rows)
+                    ptx.copy_bulk(place, upload.source + buffer, count * 2)
+                else:
+                    ptx.store_global(place, ptx.load_shared(upload.source + buffer, 4))
+        if self.plan.config.bulk:
+            ptx.commit_bulk_copies()
+
+    def _run_uploads(self) -> list[_Upload]:
+        """The run that each of a team's first 16 threads copies."""
+        run = self.team_thread
+        exists = run < _STEP_COLUMNS
+        run = run.minimum(_STEP_COLUMNS - 1)
+        return [_Upload(self.staging + run * self.plan.pitch, _holder(run), ptx.constant(0), exists)]
+
+    def _piece_uploads(self) -> list[_Upload]:
+        """The pieces that a thread copies, neighbours by neighbours."""
+        pieces = 2 * self.plan.run_rows // _PIECE_BYTES
+        threads, total = 32 * self.plan.config.team, _STEP_COLUMNS * pieces
+        uploads = []
+        for first in range(0, total, threads):
+            exists = None if first + threads <= total else self.team_thread + first < total
+            item = (self.team_thread + first).minimum(total - 1)
+            run = item // pieces
+            piece = item - run * pieces
+            source = self.staging + run * self.plan.pitch + piece * _PIECE_BYTES
+            uploads.append(_Upload(source, _holder(run), piece * (_PIECE_BYTES // 2), exists))
+        return uploads
+
+
+@dataclasses.dataclass(frozen=True)
+class _Upload:
+    """A copy from the staging buffer to device memory: what one thread does of a step.
+
+    Attributes:
+        source: address in the first buffer.
+        holder: lane whose entries belong to the same column.
+        row: first output, within the run.
+        exists: whether this thread has a copy to make, None if every thread has.
+    """
+
+    source: Int
+    holder: Int
+    row: Int
+    exists: Any
+
+
+def _holder(run: Int) -> Int:
+    return (run & 7) + ((run >> 3) << 4)

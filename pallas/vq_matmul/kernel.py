@@ -10,6 +10,8 @@ ahead of their use.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,10 +61,11 @@ def partial_products(
             pointers = [Pointer.of(array) for array in arrays]
             parts = [pointers[i : i + step] for i in range(0, len(operands), step)]
             results = pointers[len(operands) + len(extra) :]
-            emitter = Emitter(plan, parts, results[0], ptx.shared_address(shared))
+            offsets = None
             if plan.offsets:
-                emitter.multiply_offsets(*pointers[len(operands) :][: len(extra)], output=results[1])
-            emitter.run()
+                x, *values = pointers[len(operands) :][: len(extra)]
+                offsets = _Offsets(x, values, results[1])
+            Emitter(plan, parts, results[0], ptx.shared_address(shared), offsets).run()
 
         emit(*refs)
 
@@ -77,6 +80,15 @@ def partial_products(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(*operands, *extra)
     return results[0], results[1] if plan.offsets else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Offsets:
+    """Operands and result of the products with offsets."""
+
+    x: Pointer
+    values: list[Pointer]
+    output: Pointer
 
 
 class Slab:
@@ -124,8 +136,15 @@ class Slab:
 class Emitter:
     """Emits the kernel; holds what every step needs."""
 
-    def __init__(self, plan: Plan, parts: list[list[Pointer]], output: Pointer, shared: Int):
-        self.plan, self.output, self.shared = plan, output, shared
+    def __init__(
+        self,
+        plan: Plan,
+        parts: list[list[Pointer]],
+        output: Pointer,
+        shared: Int,
+        offsets: _Offsets | None = None,
+    ):
+        self.plan, self.output, self.shared, self.offsets = plan, output, shared, offsets
         self.xs, self.words, *self.tables = (list(column) for column in zip(*parts, strict=True))
         self.books = plan.books
         self.thread = ptx.thread_index()
@@ -165,72 +184,103 @@ class Emitter:
         first = self.block * plan.total // plan.blocks
         stop = (self.block + 1) * plan.total // plan.blocks
         ahead = self._units_ahead()
-        units = [self.load_words(Slab(self, (first + i).minimum(stop - 1))) for i in range(ahead)]
         start = Slab(self, first)
-        self.load_tables(start)
+        following = [Slab(self, (first + i).minimum(stop - 1)) for i in range(1, ahead)]
+        units = [self.load_words(slab) for slab in [start, *following]]
+        x = self._load_x_unit(start) if self._x_ahead else []
+        share = self._load_offset_share(self.block.minimum(self._offset_shares - 1)) if self.offsets else None
+        self._start_tables(start)
+        if share is not None:
+            self._reduce_offset_share(share)
+        self._finish_tables()
+        if share is not None:
+            self._store_offset_shares()
         if any(book.streamed for book in self.books):
             self._start_unit(start, units[0], ptx.constant(0) < 1)
-        zeros = [ptx.float_constant(0.0)] * (4 * self._sums())
+        sums = [ptx.float_constant(0.0)] * (4 * self._sums())
         several = len(plan.layouts) * plan.grid.layout.num_groups > 1
-        tables = [start.table_set(plan).value] if several else []
-        carry = [word.value for unit in units for word in unit] + zeros + tables
+        tables = [start.table_set(plan)] if several else []
+        sizes = [plan.grid.stream_words] * ahead + [len(x), len(tables)]
+        integers = [word for words in [*units, x, tables] for word in words]
 
         def body(index: Int, carry: list) -> list:
-            count = plan.grid.stream_words
-            units = [[Int(w) for w in carry[i * count : (i + 1) * count]] for i in range(ahead)]
-            sums = carry[ahead * count : ahead * count + len(zeros)]
+            parts = iter(Int(value) for value in carry[len(sums) :])
+            *units, x, current = [list(itertools.islice(parts, size)) for size in sizes]
             slab = Slab(self, index)
-            following = self.load_words(Slab(self, (index + ahead).minimum(stop - 1)))
+            following = Slab(self, (index + 1).minimum(stop - 1))
+            far = following if ahead == 1 else Slab(self, (index + ahead).minimum(stop - 1))
+            units.append(self.load_words(far))
+            next_x = self._load_x_unit(following) if self._x_ahead else []
             tables = []
             if several:
-                tables = [slab.table_set(plan).value]
-                with ptx.when(ptx.differ(Int(tables[0]), Int(carry[-1]))):
+                tables = [slab.table_set(plan)]
+                with ptx.when(ptx.differ(tables[0], current[0])):
                     ptx.barrier()
                     self.load_tables(slab)
-            sums = self._unit(slab, units, sums, index + 1 < stop, Slab(self, (index + 1).minimum(stop - 1)))
+            results = self._unit(slab, units, x, carry[: len(sums)], index + 1 < stop, following)
             ends_group = slab.step.equals(plan.slabs_per_row_group - 1)
             flush = ptx.either(ends_group, (index + 1).equals(stop))
             with ptx.when(flush):
-                self._flush(slab, index, sums, ends_group)
+                self._flush(slab, index, results, ends_group)
             zero = ptx.float_constant(0.0)
-            sums = [ptx.select(flush, zero, value) for value in sums]
-            return [w.value for unit in [*units[1:], following] for w in unit] + sums + tables
+            results = [ptx.select(flush, zero, value) for value in results]
+            return results + [word.value for words in [*units[1:], next_x, tables] for word in words]
 
-        ptx.loop(first, stop, carry, body)
+        ptx.loop(first, stop, sums + [word.value for word in integers], body)
 
-    def multiply_offsets(self, x: Pointer, *offsets: Pointer, output: Pointer) -> None:
-        """Shares of x times the offset of each weight; each is one block's, two columns a thread."""
-        plan = self.plan
-        chunks, columns = plan.offset_chunks, plan.grid.layout.in_features
-        shares = chunks * len(offsets)
-        for first in range(0, shares, plan.blocks):
+    @property
+    def _offset_shares(self) -> int:
+        return self.plan.offset_chunks * len(self.plan.layouts)
+
+    def _load_offset_share(self, share: Int) -> tuple[list, list[Int]]:
+        """Two columns of a weight's offset, and of every row of x, for each thread."""
+        assert self.offsets is not None
+        plan, columns = self.plan, self.plan.grid.layout.in_features
+        part = share // plan.offset_chunks
+        column = (share - part * plan.offset_chunks) * plan.offset_columns + self.thread * 2
+        source = self.offsets.values[0]
+        for i, offset in enumerate(self.offsets.values[1:], 1):
+            source = ptx.choose(part >= i, offset, source)
+        inside = column < columns
+        column = column.minimum(columns - 2)
+        pair = [ptx.as_float(word) for word in ptx.load_cached(source.at(column, 4), 2)]
+        x = [ptx.load_cached(self.offsets.x.at(column + row * columns, 2), 1)[0] for row in range(plan.rows)]
+        return [ptx.select(inside, value, ptx.float_constant(0.0)) for value in pair], x
+
+    def _reduce_offset_share(self, share: tuple[list, list[Int]]) -> None:
+        """Leaves the sums of every warp in shared memory."""
+        pair, x = share
+        for row, word in enumerate(x):
+            low, high = ptx.unpack(word, self.plan.kind)
+            total = ptx.multiply_add(low, pair[0], ptx.multiply(high, pair[1]))
+            for mask in (16, 8, 4, 2, 1):
+                total = ptx.add(total, ptx.shuffle_xor(total, mask))
+            with ptx.when(self.lane < 1):
+                ptx.store_shared_float(self._offset_place(row, self.warp), total)
+
+    def _offset_place(self, row: Int | int, warp: Int | int) -> Int:
+        return self.shared + self.plan.offset_start + (warp + row * self.plan.warps) * 4
+
+    def _store_offset_shares(self) -> None:
+        """Writes this block's first share, then computes and writes the others, if shares outnumber blocks."""
+        shares, blocks = self._offset_shares, self.plan.blocks
+        with ptx.when(self.block < shares):
+            self._store_offset_share(self.block)
+        for first in range(blocks, shares, blocks):
             share = self.block + first
             with ptx.when(share < shares):
-                part = share // chunks
-                column = (share - part * chunks) * plan.offset_columns + self.thread * 2
-                source = offsets[0]
-                for i, offset in enumerate(offsets[1:], 1):
-                    source = ptx.choose(part >= i, offset, source)
-                inside = column < columns
-                column = column.minimum(columns - 2)
-                zero = ptx.float_constant(0.0)
-                pair = [ptx.select(inside, ptx.as_float(w), zero) for w in ptx.load_cached(source.at(column, 4), 2)]
-                values = [ptx.load_cached(x.at(column + row * columns, 2), 1)[0] for row in range(plan.rows)]
-                for row, word in enumerate(values):
-                    low, high = ptx.unpack(word, plan.kind)
-                    total = ptx.multiply_add(low, pair[0], ptx.multiply(high, pair[1]))
-                    for mask in (16, 8, 4, 2, 1):
-                        total = ptx.add(total, ptx.shuffle_xor(total, mask))
-                    with ptx.when(self.lane < 1):
-                        ptx.store_shared_float(self.shared + (self.warp + row * plan.warps) * 4, total)
                 ptx.barrier()
-                with ptx.when(self.thread < plan.rows):
-                    places = [self.shared + (self.thread * plan.warps + warp) * 4 for warp in range(plan.warps)]
-                    total = ptx.load_shared_float(places[0])
-                    for place in places[1:]:
-                        total = ptx.add(total, ptx.load_shared_float(place))
-                    ptx.store_global_float(output.at(share * plan.rows + self.thread, 4), total)
+                self._reduce_offset_share(self._load_offset_share(share))
                 ptx.barrier()
+                self._store_offset_share(share)
+
+    def _store_offset_share(self, share: Int) -> None:
+        assert self.offsets is not None
+        with ptx.when(self.thread < self.plan.rows):
+            total = ptx.load_shared_float(self._offset_place(self.thread, 0))
+            for warp in range(1, self.plan.warps):
+                total = ptx.add(total, ptx.load_shared_float(self._offset_place(self.thread, warp)))
+            ptx.store_global_float(self.offsets.output.at(share * self.plan.rows + self.thread, 4), total)
 
     def _units_ahead(self) -> int:
         return max(2 if any(book.streamed for book in self.books) else 1, self.plan.config.prefetch)
@@ -249,6 +299,10 @@ class Emitter:
 
     def load_tables(self, slab: Slab) -> None:
         """Copies the codebooks of a slab to shared memory and waits for them."""
+        self._start_tables(slab)
+        self._finish_tables()
+
+    def _start_tables(self, slab: Slab) -> None:
         planes = self.plan.grid.planes
         for i, book in enumerate(self.books):
             source = slab.of(self.tables[i]).at(slab.group, book.entries * planes * 16)
@@ -258,6 +312,8 @@ class Emitter:
                 copy = self._copy_rows if book.replicas == 1 and not tail else self._copy_through_registers
                 copy(target, source.offset(plane * 16), book, 8 if tail else 16)
         ptx.commit_copies()
+
+    def _finish_tables(self) -> None:
         ptx.wait_copies(0)
         ptx.barrier()
 
@@ -320,7 +376,20 @@ class Emitter:
             return ptx.load_cached(source.at(index * planes + self.plane, 16), 4)
         return ptx.load_shared(self.bases[i] + index * (16 * book.replicas), 4)
 
-    def _unit(self, slab: Slab, units: list[list[Int]], sums: list, more: Any, following: Slab) -> list:
+    @property
+    def _x_ahead(self) -> bool:
+        """Whether activations are loaded a unit ahead; many rows would take too many registers."""
+        return self.plan.row_tiles == 1
+
+    def _load_x_unit(self, slab: Slab) -> list[Int]:
+        """Activations of a whole unit, for one run of rows."""
+        place = slab.of(self.xs).at(slab.column_run, self.plan.rows * 64).at(self.x_offsets[0], 1)
+        pairs = range(self.plan.order.steps // 2)
+        return [word for pair in pairs for word in self._load_x(slab, place.offset(pair * self.plan.rows * 64))]
+
+    def _unit(
+        self, slab: Slab, units: list[list[Int]], loaded: list[Int], sums: list, more: Any, following: Slab
+    ) -> list:
         plan = self.plan
         tiles, row_tiles = plan.order.tiles, plan.row_tiles
         streamed = any(book.streamed for book in self.books)
@@ -328,7 +397,10 @@ class Emitter:
         places = [pointer.at(offset, 1) for offset in self.x_offsets]
         sums = list(sums)
         for pair in range(plan.order.steps // 2):
-            x = [self._load_x(slab, place.offset(pair * plan.rows * 64)) for place in places]
+            if loaded:
+                x = [loaded[4 * pair : 4 * pair + 4]]
+            else:
+                x = [self._load_x(slab, place.offset(pair * plan.rows * 64)) for place in places]
             for half in (0, 1):
                 step = 2 * pair + half
                 for tile in range(tiles):

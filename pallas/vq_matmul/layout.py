@@ -252,6 +252,21 @@ def kernel_columns(x: Float[Array, "m in"], kernel: KernelArray) -> Float[Array,
     return (gathered.astype(jnp.float32) * kernel.column_scale).astype(kernel.table.dtype)
 
 
+def outlier_weight(kernel: KernelArray) -> tuple[Int[Array, " o"], Float[Array, "o out"]]:
+    """The outlier columns' indices and float32 weights, offset included."""
+    layout = kernel.layout
+    assert kernel.outlier_indices is not None
+    assert kernel.outlier_codebook is not None
+    columns = jnp.arange(layout.outlier_size) if kernel.perm is None else kernel.perm[: layout.outlier_size]
+    vectors = kernel.outlier_codebook[kernel.outlier_indices].astype(jnp.float32)
+    values = vectors.transpose(1, 0, 2).reshape(layout.outlier_size, -1)[:, : layout.out_features]
+    if kernel.scale is not None:
+        values = values * kernel.scale[columns, None].astype(jnp.float32)
+    if kernel.centred_offset is not None:
+        values = values + kernel.centred_offset[columns, None]
+    return columns, values
+
+
 def outlier_product(x: Float[Array, "m in"], kernel: KernelArray) -> Float[Array, "m out"]:
     """The outlier columns' share of the product, float32."""
     layout = kernel.layout

@@ -13,8 +13,7 @@ from jaxtyping import Array, Float
 
 from vptq_jax.pallas import device
 from vptq_jax.pallas.vq_matmul import layout as kernel_layout
-from vptq_jax.pallas.vq_matmul import reference
-from vptq_jax.pallas.vq_matmul.dequantize import CONSTANT_ROWS, transposed_weight
+from vptq_jax.pallas.vq_matmul.dequantize import DecodeConfig, DecodePlan, transposed_weight
 from vptq_jax.pallas.vq_matmul.kernel import partial_products
 from vptq_jax.pallas.vq_matmul.layout import KernelArray
 from vptq_jax.pallas.vq_matmul.plan import MAX_ROWS, MAX_ROWS_SHARED_TAIL, Config, Plan
@@ -53,13 +52,28 @@ def make_plan(weights: Sequence[KernelArray], rows: int, config: Config | None =
     )
 
 
+def make_decode_plan(weight: KernelArray, config: DecodeConfig | None = None) -> DecodePlan:
+    """The division of the work of the launch that decodes a weight."""
+    return DecodePlan(
+        layouts=(weight.layout,),
+        order=weight.order,
+        rows=1,
+        kind=_KINDS[jnp.dtype(weight.table.dtype)],
+        config=config or DecodeConfig(blocks=device.num_processors()),
+    )
+
+
 def matmul(
     x: Float[Array, "m in"], weights: Sequence[KernelArray], config: Config | None = None
 ) -> tuple[Float[Array, "m out"], ...]:
-    """`x @ w.T` for each weight: in one launch for few rows, through the decoded weight for many."""
+    """`x @ w.T` for each weight: in one launch for few rows, through the decoded weight for many.
+
+    The configuration may be a `DecodeConfig` for many rows; another one says nothing about them.
+    """
     if x.shape[0] <= MAX_ROWS:
         return _fused(x, weights, config)
-    return tuple(_decode_once(x, weight) for weight in weights)
+    decode_config = config if isinstance(config, DecodeConfig) else None
+    return tuple(_decode_once(x, weight, decode_config) for weight in weights)
 
 
 def _fused(
@@ -96,25 +110,16 @@ def _added(terms: Float[Array, "terms *shape"]) -> Float[Array, "*shape"]:
     return functools.reduce(operator.add, list(terms)) if terms.shape[0] <= _UNROLLED else terms.sum(axis=0)
 
 
-def _decode_once(x: Float[Array, "m in"], weight: KernelArray) -> Float[Array, "m out"]:
-    """The dense product in the dtype of the tables; the offset rides along as columns that meet ones."""
-    if weight.layout.vector_len % 2:  # The decoding kernel stores pairs.
-        return reference.vq_matmul(x, kernel_layout.restore(weight))
-    plan = make_plan([weight], 1, Config(blocks=device.num_processors(), cached_entries=0))
+def _decode_once(x: Float[Array, "m in"], weight: KernelArray, config: DecodeConfig | None = None) -> Array:
+    """The dense product [m, out] with the weight written out in the dtype of its tables."""
+    plan = make_decode_plan(weight, config)
     tables = [weight.table] if weight.res_table is None else [weight.table, weight.res_table]
-    dense = transposed_weight(plan, weight.words, tables)
-    columns = kernel_layout.kernel_columns(x, weight)
-    extra = jnp.zeros((x.shape[0], CONSTANT_ROWS), columns.dtype)
-    if weight.centred_offset is not None:
-        offset = jnp.sum(x.astype(jnp.float32) * weight.centred_offset, axis=1)
-        for i in range(3):  # A float32 is the sum of three shorter floats.
-            part = offset.astype(columns.dtype)
-            extra, offset = extra.at[:, i].set(part), offset - part.astype(jnp.float32)
-    product = jnp.concatenate([columns, extra], axis=1) @ dense
-    product = product[:, : weight.layout.out_features]
-    if weight.outlier_indices is None:
-        return product
-    return product + kernel_layout.outlier_product(x, weight)
+    dense = transposed_weight(plan, weight.words, tables, weight.columns, weight.column_scale, weight.centred_offset)
+    if weight.outlier_indices is not None:
+        columns, values = kernel_layout.outlier_weight(weight)
+        padding = ((0, 0), (0, dense.shape[1] - weight.layout.out_features))
+        dense = dense.at[columns].set(jnp.pad(values, padding).astype(dense.dtype), unique_indices=True)
+    return (x @ dense)[:, : weight.layout.out_features]
 
 
 def _column_runs(x: Float[Array, "m in"], weight: KernelArray) -> Float[Array, "blocks m 32"]:

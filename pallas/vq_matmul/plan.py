@@ -12,7 +12,7 @@ from vptq_jax.spec import VQLayout
 
 MAX_ROWS = 64
 MAX_ROWS_SHARED_TAIL = 32  # Twice the sums take twice the registers.
-_RESERVED_BYTES = 2048  # Kept for the compiler's own use of shared memory.
+RESERVED_BYTES = 2048  # Kept for the compiler's own use of shared memory.
 _ROW_BYTES = 16  # A centroid, or a plane of one: 8 values of 16 bits.
 
 
@@ -177,9 +177,14 @@ class Plan:
         return sum(layout.out_features for layout in self.layouts)
 
     @property
-    def sum_bytes(self) -> int:
-        """Shared memory through which the warps of a block add their sums."""
+    def scratch_bytes(self) -> int:
+        """Shared memory ahead of the codebooks: through it the warps of a block add their sums."""
         return self.warps * self.grid.unit_rows * self.tile_rows * 4
+
+    @property
+    def ring_bytes(self) -> int:
+        """Shared memory for the centroids that come through L2, for each codebook that has some."""
+        return self.warps * self.order.entries * 32 * _ROW_BYTES
 
     @property
     def shared_tail(self) -> bool:
@@ -192,7 +197,7 @@ class Plan:
         if not 8 < layout.vector_len <= 12 or not layout.num_res_centroids:
             return False
         entries = layout.num_centroids + layout.num_res_centroids
-        most = SHARED_MEMORY_BYTES - _RESERVED_BYTES
+        most = SHARED_MEMORY_BYTES - RESERVED_BYTES
         tail = max(layout.num_centroids, layout.num_res_centroids)
         sums = 16 * self.grid.unit_rows * self.tile_rows * 4
         return (2 * entries * _ROW_BYTES + sums > most) and (entries + tail) * _ROW_BYTES + sums <= most
@@ -212,14 +217,14 @@ class Plan:
         sizes = [layout.num_centroids, layout.num_res_centroids][: 2 if layout.num_res_centroids else 1]
         bits = [layout.index_bits, layout.res_index_bits]
         shifts = [0, layout.index_bits]
-        offset = self.sum_bytes
+        offset = self.scratch_bytes
         if self.shared_tail:
             tail = offset + sum(sizes) * _ROW_BYTES
             heads = [offset, offset + sizes[0] * _ROW_BYTES]
             return tuple(Book(size, bits[i], shifts[i], size, 1, (heads[i], tail), 0) for i, size in enumerate(sizes))
-        free = SHARED_MEMORY_BYTES - _RESERVED_BYTES - offset
+        free = SHARED_MEMORY_BYTES - RESERVED_BYTES - offset
         row = planes * _ROW_BYTES
-        ring = self.warps * self.order.entries * 32 * _ROW_BYTES
+        ring = self.ring_bytes
         resident = [size * row for size in sizes]
         streamed = [False] * len(sizes)
         for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):  # The largest leaves first.
@@ -248,10 +253,15 @@ class Plan:
         return tuple(books)
 
     @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block."""
+    def offset_start(self) -> int:
+        """Byte offset in shared memory of the warps' sums for the offset."""
         if self.shared_tail:
             tail = max(book.entries for book in self.books)
             return self.books[0].planes[1] + tail * _ROW_BYTES
         last = self.books[-1]
-        return last.ring + (self.warps * self.order.entries * 32 * _ROW_BYTES if last.streamed else 0)
+        return last.ring + (self.ring_bytes if last.streamed else 0)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        return self.offset_start + (self.warps * self.rows * 4 if self.offsets else 0)
