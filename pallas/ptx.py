@@ -302,27 +302,6 @@ def wait_copies(pending: int) -> None:
     _asm([], [], f"cp.async.wait_group {pending};", "")
 
 
-def copy_bulk(pointer: Pointer, address: Int, size: Int) -> None:
-    """Starts the copy of `size` bytes, a multiple of 16, from shared to device memory; both addresses are too."""
-    text = "cp.async.bulk.global.shared::cta.bulk_group [$0],[$1],$2;"
-    _asm([], [pointer.value, address, size], text, "l,r,r")
-
-
-def fence_bulk_copies() -> None:
-    """Lets bulk copies that start behind the next barrier see what this thread stored to shared memory."""
-    _asm([], [], "fence.proxy.async.shared::cta;", "")
-
-
-def commit_bulk_copies() -> None:
-    """Closes a group of started bulk copies."""
-    _asm([], [], "cp.async.bulk.commit_group;", "")
-
-
-def wait_bulk_copies(pending: int) -> None:
-    """Waits until at most `pending` groups of this thread's bulk copies still read shared memory."""
-    _asm([], [], f"cp.async.bulk.wait_group.read {pending};", "")
-
-
 def gather_transposed(address: Int) -> list[Int]:
     """`ldmatrix.x4.trans`: the 32 threads' 16-byte rows, as four 8x8 blocks of 16-bit values, transposed.
 

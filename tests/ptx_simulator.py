@@ -180,12 +180,10 @@ class _Machine:
     def barrier(self):
         pass
 
-    warp_barrier = commit_copies = fence_bulk_copies = commit_bulk_copies = barrier
+    warp_barrier = commit_copies = barrier
 
     def wait_copies(self, pending):
         pass
-
-    wait_bulk_copies = wait_copies
 
     def named_barrier(self, name, threads):
         assert self._mask.all()
@@ -259,18 +257,6 @@ class _Machine:
     def copy_async(self, address, pointer, size, condition=None):
         with self.when(True if condition is None else condition):
             self.store_shared(address, self._load(self._memory, pointer, size // 4))
-
-    def copy_bulk(self, pointer, address, size):
-        for thread in np.flatnonzero(self._mask):
-            source, target, count = (
-                int(np.broadcast_to(value.value, self._mask.shape)[thread]) for value in (address, pointer, size)
-            )
-            assert source % 16 == target % 16 == count % 16 == 0
-            assert source + count <= len(self._shared)
-            assert self._inside[target : target + count].all()
-            self._memory[target : target + count] = self._shared[source : source + count]
-
-    # --- warps ---
 
     def _warps(self, value):
         return np.broadcast_to(value, self._mask.shape).reshape(-1, 32)

@@ -229,7 +229,7 @@ def test_simulated_kernel_in_float16(simulator, spec, rows):
 
 
 @pytest.mark.parametrize("spec", ["v8-k256-256", "v6-k4096", "v12-k4096-4096"])
-@pytest.mark.parametrize("options", [{"team": 4}, {"team": 8, "bulk": False}, {"bulk": False, "buffers": 1}])
+@pytest.mark.parametrize("options", [{"team": 8}, {"team": 16}])
 def test_simulated_decoding_is_independent_of_its_configuration(simulator, spec, options):
     kernel = relayout(random_weight(spec, 300, 200))
     x = jnp.eye(200, dtype=jnp.bfloat16)

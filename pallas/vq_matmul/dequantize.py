@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, UInt
 from jaxtyping import Int as Ints
 
 from vptq_jax.pallas import ptx
-from vptq_jax.pallas.ptx import SHARED_MEMORY_BYTES, Int, Pointer
+from vptq_jax.pallas.ptx import Int, Pointer
 from vptq_jax.pallas.vq_matmul.kernel import Emitter, Slab
-from vptq_jax.pallas.vq_matmul.plan import RESERVED_BYTES, Config, Plan
+from vptq_jax.pallas.vq_matmul.plan import Config, Plan
 
 _STEP_COLUMNS = 16  # Columns decoded and written together.
 _PIECE_BYTES = 16  # What a thread stores at once; runs, and the rows of the result, are multiples of it.
@@ -35,14 +35,10 @@ class DecodeConfig(Config):
     Attributes:
         cached_entries: a codebook too large for shared memory is left to L1 by default.
         team: warps that write runs together: 4, 8 or 16 (runs of fewer may be no multiples of 16 bytes).
-        bulk: runs leave shared memory as one asynchronous copy each, not through registers.
-        buffers: most staging buffers, 1 or 2; with two, a team decodes while the copies before still run.
     """
 
     cached_entries: int = 0
-    team: int = 16
-    bulk: bool = True
-    buffers: int = 2
+    team: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +64,7 @@ class DecodePlan(Plan):
 
     @property
     def buffer_bytes(self) -> int:
-        """One staging buffer of one team."""
+        """The staging buffer of one team."""
         return _STEP_COLUMNS * self.pitch
 
     @property
@@ -77,21 +73,9 @@ class DecodePlan(Plan):
         return self.warps // self.config.team
 
     @property
-    def buffers(self) -> int:
-        """Staging buffers of a team; the second gives way to codebooks."""
-        layout, planes = self.grid.layout, self.grid.planes
-        if self.shared_tail:
-            return 1
-        free = SHARED_MEMORY_BYTES - RESERVED_BYTES
-        sizes = [16 * planes * entries for entries in (layout.num_centroids, layout.num_res_centroids)]
-        books = sum(size for size in sizes if size <= free - self.teams * self.buffer_bytes)
-        fitting = (free - books) // (self.teams * self.buffer_bytes)
-        return 2 if min(self.config.buffers, fitting) >= 2 else 1
-
-    @property
     def scratch_bytes(self) -> int:
         """The staging buffers."""
-        return self.teams * self.buffers * self.buffer_bytes
+        return self.teams * self.buffer_bytes
 
     @property
     def ring_bytes(self) -> int:
@@ -170,13 +154,13 @@ class _Decoder:
         self.team = emitter.warp // plan.config.team
         self.team_warp = emitter.warp % plan.config.team
         self.team_thread = (self.team_warp << 5) + emitter.lane
-        self.staging = emitter.shared + self.team * (plan.buffers * plan.buffer_bytes)
+        self.staging = emitter.shared + self.team * plan.buffer_bytes
         lane, length = emitter.lane, plan.grid.layout.vector_len
         # Where a thread's entries of the first tile lie in the buffer: run, then output (see layout._to_streams).
         first_row = emitter.plane * 8 if plan.grid.planes == 2 else ((lane >> 3) & 1) * length
         run = (lane & 7) + ((lane >> 4) << 3)
         self.place = self.staging + run * plan.pitch + (self.team_warp * plan.grid.unit_rows + first_row) * 2
-        self.uploads = self._run_uploads() if plan.config.bulk else self._piece_uploads()
+        self.uploads = self._uploads()
 
     def run(self) -> None:
         plan, emitter = self.plan, self.emitter
@@ -200,8 +184,6 @@ class _Decoder:
             return [value.value for value in following + group]
 
         ptx.loop(first, stop, [value.value for value in unit + ([start.group] if several else [])], body)
-        if plan.config.bulk:
-            ptx.wait_bulk_copies(0)
 
     def _load(self, slab: Slab) -> list[Int]:
         """A unit's words; then, for the thread's column of every step, its original index; then their scales."""
@@ -226,18 +208,13 @@ class _Decoder:
         row = (slab.row_group * plan.row_warps + self.team * plan.config.team) * plan.grid.unit_rows
         parts = self._gather(slab, words, 0)
         for step in range(steps):
-            buffer = step % plan.buffers * plan.buffer_bytes
-            if plan.config.bulk:  # Copies may still read this buffer.
-                ptx.wait_bulk_copies(plan.buffers - 1)
             self._synchronize()
             for tile, part in enumerate(parts):
-                self._stage(buffer, tile, self._combine(part, ptx.as_float(scales[step]), offsets[step]))
-            if plan.config.bulk:
-                ptx.fence_bulk_copies()
+                self._stage(tile, self._combine(part, ptx.as_float(scales[step]), offsets[step]))
             self._synchronize()
             if step + 1 < steps:
                 parts = self._gather(slab, words, step + 1)
-            self._upload(buffer, row, self._target(slab, step, indices[step]))
+            self._upload(row, self._target(slab, step, indices[step]))
 
     def _synchronize(self) -> None:
         ptx.named_barrier(self.team + 1, 32 * self.plan.config.team)
@@ -279,11 +256,11 @@ class _Decoder:
             combined.append(ptx.pack(low, high, kind))
         return combined
 
-    def _stage(self, buffer: int, tile: int, values: list[Int]) -> None:
+    def _stage(self, tile: int, values: list[Int]) -> None:
         """Stores a vector (one plane of it) to its run; the width of the stores follows from its alignment."""
         length, planes = self.plan.grid.layout.vector_len, self.plan.grid.planes
         width = next(width for width in (8, 4, 2, 1) if length % width == 0)
-        place = self.place + (buffer + tile * (3 - planes) * length * 2)
+        place = self.place + tile * (3 - planes) * length * 2
         common = length - 8 if planes == 2 else length  # Components beyond belong to the lower plane alone.
         for start in range(0, common, width):
             self._store(place + 2 * start, values, start, width)
@@ -298,7 +275,7 @@ class _Decoder:
         else:
             ptx.store_shared(place, values[start // 2 : (start + width) // 2])
 
-    def _upload(self, buffer: int, row: Int, column: Int) -> None:
+    def _upload(self, row: Int, column: Int) -> None:
         """Writes the runs of a step, whose first output is `row`."""
         for upload in self.uploads:
             # The column of a run is known to the threads that decode it.
@@ -309,22 +286,9 @@ class _Decoder:
                 valid = ptx.both(valid, upload.exists)
             with ptx.when(valid):
                 place = self.emitter.output.at(target, self.width * 2).at(start, 2)
-                if self.plan.config.bulk:
-                    count = (self.width - start).minimum(self.plan.run_rows)
-                    ptx.copy_bulk(place, upload.source + buffer, count * 2)
-                else:
-                    ptx.store_global(place, ptx.load_shared(upload.source + buffer, 4))
-        if self.plan.config.bulk:
-            ptx.commit_bulk_copies()
+                ptx.store_global(place, ptx.load_shared(upload.source, 4))
 
-    def _run_uploads(self) -> list[_Upload]:
-        """The run that each of a team's first 16 threads copies."""
-        run = self.team_thread
-        exists = run < _STEP_COLUMNS
-        run = run.minimum(_STEP_COLUMNS - 1)
-        return [_Upload(self.staging + run * self.plan.pitch, _holder(run), ptx.constant(0), exists)]
-
-    def _piece_uploads(self) -> list[_Upload]:
+    def _uploads(self) -> list[_Upload]:
         """The pieces that a thread copies, neighbours by neighbours."""
         pieces = 2 * self.plan.run_rows // _PIECE_BYTES
         threads, total = 32 * self.plan.config.team, _STEP_COLUMNS * pieces
@@ -344,7 +308,7 @@ class _Upload:
     """A copy from the staging buffer to device memory: what one thread does of a step.
 
     Attributes:
-        source: address in the first buffer.
+        source: address in the buffer.
         holder: lane whose entries belong to the same column.
         row: first output, within the run.
         exists: whether this thread has a copy to make, None if every thread has.

@@ -12,7 +12,7 @@ from vptq_jax.spec import VQLayout
 
 MAX_ROWS = 64
 MAX_ROWS_SHARED_TAIL = 32  # Twice the sums take twice the registers.
-RESERVED_BYTES = 2048  # Kept for the compiler's own use of shared memory.
+_RESERVED_BYTES = 2048  # Kept for the compiler's own use of shared memory.
 _ROW_BYTES = 16  # A centroid, or a plane of one: 8 values of 16 bits.
 
 
@@ -197,7 +197,7 @@ class Plan:
         if not 8 < layout.vector_len <= 12 or not layout.num_res_centroids:
             return False
         entries = layout.num_centroids + layout.num_res_centroids
-        most = SHARED_MEMORY_BYTES - RESERVED_BYTES
+        most = SHARED_MEMORY_BYTES - _RESERVED_BYTES
         tail = max(layout.num_centroids, layout.num_res_centroids)
         sums = 16 * self.grid.unit_rows * self.tile_rows * 4
         return (2 * entries * _ROW_BYTES + sums > most) and (entries + tail) * _ROW_BYTES + sums <= most
@@ -222,7 +222,7 @@ class Plan:
             tail = offset + sum(sizes) * _ROW_BYTES
             heads = [offset, offset + sizes[0] * _ROW_BYTES]
             return tuple(Book(size, bits[i], shifts[i], size, 1, (heads[i], tail), 0) for i, size in enumerate(sizes))
-        free = SHARED_MEMORY_BYTES - RESERVED_BYTES - offset
+        free = SHARED_MEMORY_BYTES - _RESERVED_BYTES - offset
         row = planes * _ROW_BYTES
         ring = self.ring_bytes
         resident = [size * row for size in sizes]
