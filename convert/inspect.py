@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vptq_jax.convert.model_card import describe_layout
 from vptq_jax.convert.source import all_linears
 from vptq_jax.load import Kind, recognize
 from vptq_jax.models.decoder import Decoder
@@ -68,7 +67,7 @@ def facts(model: Decoder) -> dict[str, Any]:
 def _row(path: str, layer: Linear | VQLinear) -> dict[str, Any]:
     weights = math.prod(layer.shape)
     if isinstance(layer, VQLinear):
-        form, nominal, stored = describe_layout(layer.layout), layer.layout.nominal_bits, layer.weight.nbytes
+        form, nominal, stored = str(layer.layout), layer.layout.nominal_bits, layer.weight.nbytes
     else:
         nominal = 8.0 * layer.weight.dtype.itemsize
         form, stored = str(layer.weight.dtype), weights * layer.weight.dtype.itemsize

@@ -9,19 +9,6 @@ from typing import Any
 
 from vptq_jax.convert.source import all_linears, quantized_layers
 from vptq_jax.models.decoder import Decoder
-from vptq_jax.spec import VQLayout
-
-
-def describe_layout(layout: VQLayout) -> str:
-    """A layout in the words of a spec, outliers as a number of columns: `v8-k256-256-g4-o24v4k64`."""
-    text = f"v{layout.vector_len}-k{layout.num_centroids}"
-    if layout.num_res_centroids:
-        text += f"-{layout.num_res_centroids}"
-    if layout.num_groups > 1:
-        text += f"-g{layout.num_groups}"
-    if layout.outlier_size:
-        text += f"-o{layout.outlier_size}v{layout.outlier_vector_len}k{layout.num_outlier_centroids}"
-    return text
 
 
 def model_card(model: Decoder, name: str, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
@@ -68,7 +55,7 @@ def _facts(model: Decoder, config: Mapping[str, Any], metadata: Mapping[str, Any
     layers = quantized_layers(model)
     facts = []
     if layers:
-        specs = Counter(describe_layout(layer.layout) for layer in layers.values())
+        specs = Counter(str(layer.layout) for layer in layers.values())
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
         nominal = sum(layer.layout.nominal_bits * layer.shape[0] * layer.shape[1] for layer in layers.values())
         stored = 8 * sum(layer.weight.nbytes for layer in layers.values())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vptq_jax.pallas import nearest_centroid
+from vptq_jax.pallas import cluster_sums, nearest_centroid
 from vptq_jax.pallas.nearest_centroid import kernel
 
 
@@ -69,6 +69,23 @@ def test_memory_stays_far_below_all_distances():
     shapes = (jax.ShapeDtypeStruct((n, 8), jnp.float32), jax.ShapeDtypeStruct((k, 8), jnp.float32))
     memory = jax.jit(nearest_centroid).lower(*shapes).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 64 << 20
+
+
+def test_cluster_sums_agree_with_float64():
+    rng = np.random.default_rng(0)
+    vectors, codebook, weights = rng.normal(size=(500, 6)), rng.normal(size=(20, 6)), rng.exponential(size=500)
+    given = [jnp.asarray(array, jnp.float32) for array in (vectors, codebook, weights)]
+    index, distance, mass, shift = cluster_sums(*given)
+    found = nearest_centroid(*given[:2])
+    np.testing.assert_array_equal(index, found[0])
+    np.testing.assert_array_equal(distance, found[1])
+    for i in range(20):
+        mine = np.asarray(index) == i
+        np.testing.assert_allclose(mass[i], weights[mine].sum(), rtol=1e-5)
+        expected = (weights[mine, None] * (vectors[mine] - codebook[i])).sum(axis=0)
+        np.testing.assert_allclose(shift[i], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"weights have shape \(3,\)"):
+        cluster_sums(*given[:2], jnp.ones(3))
 
 
 def test_no_vectors():

@@ -115,13 +115,7 @@ class VQSpec:
             raise ValueError(f"spec {text!r}: {error}") from None
 
     def __str__(self) -> str:
-        text = f"v{self.vector_len}-k{self.num_centroids}"
-        if self.num_res_centroids:
-            text += f"-{self.num_res_centroids}"
-        if self.num_groups > 1:
-            text += f"-g{self.num_groups}"
-        if self.outlier_percent:
-            text += f"-o{self.outlier_percent:g}v{self.outlier_vector_len}k{self.num_outlier_centroids}"
+        text = _text(self, self.outlier_percent)
         return text + ("" if self.normalize else "-nonorm") + ("" if self.permute else "-noperm")
 
     @property
@@ -200,6 +194,10 @@ class VQLayout:
                 f"{self.in_features - self.outlier_size} columns do not divide into {self.num_groups} groups"
             )
 
+    def __str__(self) -> str:
+        """As a spec is written, with the number of outlier columns in place of their share: `v8-k256-256-o24v4k64`."""
+        return _text(self, self.outlier_size)
+
     @property
     def group_size(self) -> int:
         """Columns of one group."""
@@ -237,6 +235,17 @@ class VQLayout:
 
 
 Mode = Literal["independent", "sequential"]
+
+
+def _text(format: VQSpec | VQLayout, outliers: float) -> str:
+    text = f"v{format.vector_len}-k{format.num_centroids}"
+    if format.num_res_centroids:
+        text += f"-{format.num_res_centroids}"
+    if format.num_groups > 1:
+        text += f"-g{format.num_groups}"
+    if outliers:
+        text += f"-o{outliers:g}v{format.outlier_vector_len}k{format.num_outlier_centroids}"
+    return text
 
 
 def as_spec(value: VQSpec | str | None) -> VQSpec | None:

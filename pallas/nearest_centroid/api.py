@@ -60,6 +60,38 @@ def nearest_centroid(
     return index, reference.squared_distance(vectors, codebook, index)
 
 
+def cluster_sums(
+    vectors: Float[Array, "n v"],
+    codebook: Float[Array, "k v"],
+    weights: Float[Array, " n"],
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[Int[Array, " n"], Float[Array, " n"], Float[Array, " k"], Float[Array, "k v"]]:
+    """`nearest_centroid`, and the sums from which an iteration of weighted k-means takes its means.
+
+    Args:
+        vectors, codebook, implementation: as in `nearest_centroid`.
+        weights: float [n], >= 0.
+
+    Returns:
+        (index, squared distance, sum of the weights of each centroid's vectors [k], weighted sum of their
+        differences from the centroid [k, v]), sums in float32. The weighted mean of a cluster is its centroid plus
+        the last over the one before: exact when nothing moves, and with less cancellation than a sum of vectors.
+
+    Raises:
+        ValueError: there is not one weight a vector, or as `nearest_centroid`.
+        NotImplementedError: as `nearest_centroid`.
+    """
+    if weights.shape != vectors.shape[:1]:
+        raise ValueError(f"weights have shape {tuple(weights.shape)}; expected one for each of {len(vectors)} vectors")
+    index, distance = nearest_centroid(vectors, codebook, implementation=implementation)
+    weights = weights.astype(jnp.float32)
+    difference = vectors.astype(jnp.float32) - codebook.astype(jnp.float32)[index]
+    count = codebook.shape[0]
+    mass = jax.ops.segment_sum(weights, index, count)
+    return index, distance, mass, jax.ops.segment_sum(weights[:, None] * difference, index, count)
+
+
 def _why_not_mosaic(count: int, length: int) -> str | None:
     if length > kernel.MAX_VECTOR_LEN:
         return f"vector length {length} is above {kernel.MAX_VECTOR_LEN}"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from vptq_jax.pallas.nearest_centroid import nearest_centroid
+from vptq_jax.pallas.nearest_centroid import cluster_sums
 
 _MOVEMENT_TOLERANCE = 1e-4  # Of the weighted loss: an iteration that gains less than this share is the last.
 _MAX_RESEEDS = 256  # Empty clusters filled in one iteration.
@@ -90,22 +90,12 @@ def lloyd_step(
     Returns:
         (new centroids, weighted loss of the old ones).
     """
-    index, distance = nearest_centroid(vectors, centroids)
+    _, distance, mass, shift = cluster_sums(vectors, centroids, weights)
     cost = weights * distance
-    mass, means = weighted_means(vectors, weights, index, centroids)
-    return _reseed(vectors, cost, mass, means), cost.sum()
-
-
-def weighted_means(
-    vectors: Float[Array, "n v"], weights: Float[Array, " n"], index: Int[Array, " n"], centroids: Float[Array, "k v"]
-) -> tuple[Float[Array, " k"], Float[Array, "k v"]]:
-    """(mass, weighted mean) of each cluster; clusters without mass keep their centroid."""
-    count = centroids.shape[0]
-    mass = jax.ops.segment_sum(weights, index, count)
-    # Means of offsets from the old centroid: exact when nothing moves, and less cancellation.
-    shift = jax.ops.segment_sum(weights[:, None] * (vectors - centroids[index]), index, count)
     tiny = jnp.finfo(jnp.float32).tiny
-    return mass, centroids + jnp.where(mass[:, None] > tiny, shift / jnp.maximum(mass, tiny)[:, None], 0)
+    # Clusters without mass keep their centroid.
+    means = centroids + jnp.where(mass[:, None] > tiny, shift / jnp.maximum(mass, tiny)[:, None], 0)
+    return _reseed(vectors, cost, mass, means), cost.sum()
 
 
 def _reseed(
