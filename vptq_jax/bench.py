@@ -31,6 +31,7 @@ from vptq_jax.pallas.vq_matmul import choose_order, relayout, vq_matmul
 from vptq_jax.spec import VQLayout, VQSpec
 
 _CACHE_BYTES = 150_000_000  # Weights of one measurement take more, so that none stays in a GPU's L2.
+_MOST_WEIGHTS = 256
 _TRACED_RUNS = 5
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -133,6 +134,7 @@ def bench_matmul(
         dtype: of activations and codebooks.
         seed: of the random weights.
     """
+    _check_profiler()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Compiling takes far longer than running.
         return [time for shape in shapes for time in _shape_times(pool, ("bf16", *specs), shape, rows, dtype, seed)]
 
@@ -223,8 +225,7 @@ def device_times(run: Callable[[], Any], repeats: int = _TRACED_RUNS) -> dict[st
     Raises:
         NotImplementedError: the default device is no GPU; its profiler names no kernels.
     """
-    if jax.default_backend() != "gpu":
-        raise NotImplementedError(f"device times need a GPU; the default device is {jax.default_backend()!r}")
+    _check_profiler()
     jax.block_until_ready(run())
     times: dict[str, list[float]] = collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
@@ -241,6 +242,11 @@ def device_times(run: Callable[[], Any], repeats: int = _TRACED_RUNS) -> dict[st
                     for event in line.events:
                         times[event.name].append(event.duration_ns / 1e3)
     return dict(times)
+
+
+def _check_profiler() -> None:
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError(f"device times need a GPU; the default device is {jax.default_backend()!r}")
 
 
 def random_weight(layout: VQLayout, key: Array, dtype: Any = jnp.bfloat16) -> VQArray:
@@ -324,7 +330,7 @@ def packed_weights(spec: str, out_features: int, in_features: int, dtype: Any, s
     """Random weights, enough that a run over all of them finds none in L2; in kernel order where a kernel runs."""
     layout = VQSpec.parse(spec).layout(out_features, in_features)
     size = int(layout.nominal_bits * out_features * in_features / 8)
-    keys = jax.random.split(jax.random.key(seed), 1 + _CACHE_BYTES // size)
+    keys = jax.random.split(jax.random.key(seed), _rotation(size))
     weights = [_random_weight(key, layout, jnp.dtype(dtype)) for key in keys]
     if pallas_device.why_no_mosaic():
         return weights
@@ -332,8 +338,13 @@ def packed_weights(spec: str, out_features: int, in_features: int, dtype: Any, s
 
 
 def _dense_weights(out_features: int, in_features: int, dtype: Any, seed: int) -> list[Array]:
-    count = 1 + _CACHE_BYTES // (2 * out_features * in_features)
-    return [_normal(key, (out_features, in_features), dtype) for key in jax.random.split(jax.random.key(seed), count)]
+    keys = jax.random.split(jax.random.key(seed), _rotation(2 * out_features * in_features))
+    return [_normal(key, (out_features, in_features), dtype) for key in keys]
+
+
+def _rotation(size: int) -> int:
+    """How many weights of a size are more than L2 holds, as far as one program can hold the products."""
+    return min(1 + _CACHE_BYTES // size, _MOST_WEIGHTS)
 
 
 def _dense(x: Array, weight: Array) -> Array:
