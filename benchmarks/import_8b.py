@@ -156,6 +156,7 @@ def _generate(model: Any, count: int) -> dict[str, Any]:
     logits = np.asarray(model(np.asarray([prompt], np.int32)))
     return {
         "tokens_per_second": round(result.tokens_per_second, 2),
+        "implementation": result.implementation,
         "logits_finite": bool(np.isfinite(logits).all()),
     }
 
