@@ -270,6 +270,11 @@ def load_shared_float(address: Int) -> ir.Value:
     return _asm([_f32()], [address], "ld.shared.f32 $0,[$1];", "=f,r")[0]
 
 
+def load_shared_half(address: Int) -> Int:
+    """16 bits from shared memory, as the lower half of a word."""
+    return Int(_asm([_i32()], [address], "ld.shared.u16 $0,[$1];", "=r,r")[0])
+
+
 def store_shared_float(address: Int, value: ir.Value) -> None:
     """One float32 to shared memory."""
     _asm([], [address, value], "st.shared.f32 [$0],$1;", "r,f")

@@ -35,13 +35,13 @@ def random_weight(spec: str, out_features: int, in_features: int, dtype=jnp.bflo
     """A weight with random indices; columns stored as minimum and range, as published checkpoints have them."""
     parsed = VQSpec.parse(spec)
     layout = parsed.layout(out_features, in_features)
-    keys = iter(jax.random.split(jax.random.key(seed), 9))
+    rng = np.random.default_rng(seed)  # Not jax.random: that compiles anew for every shape.
 
     def indices(shape, entries):
-        return jax.random.randint(next(keys), shape, 0, entries).astype(jnp.uint32)
+        return jnp.asarray(rng.integers(0, entries, shape, np.uint32))
 
     def codebook(shape, mean, deviation):
-        return (mean + deviation * jax.random.normal(next(keys), shape)).astype(dtype)
+        return jnp.asarray(rng.normal(mean, deviation, shape), dtype)
 
     shape = (layout.num_groups, layout.num_vectors, layout.group_size)
     books = (layout.num_groups, layout.num_centroids, layout.vector_len)
@@ -53,11 +53,11 @@ def random_weight(spec: str, out_features: int, in_features: int, dtype=jnp.bflo
         )
         fields["outlier_codebook"] = codebook((layout.num_outlier_centroids, layout.outlier_vector_len), 0.5, 0.15)
     if parsed.normalize:
-        scale = 0.2 * jnp.exp(0.3 * jax.random.normal(next(keys), (in_features,)))
-        fields["scale"] = scale
-        fields["offset"] = 0.02 * jax.random.normal(next(keys), (in_features,)) - 0.5 * scale
+        scale = 0.2 * np.exp(0.3 * rng.normal(size=in_features))
+        fields["scale"] = jnp.asarray(scale, jnp.float32)
+        fields["offset"] = jnp.asarray(rng.normal(-0.5 * scale, 0.02), jnp.float32)
     if parsed.permute:
-        fields["perm"] = jax.random.permutation(next(keys), in_features)
+        fields["perm"] = jnp.asarray(rng.permutation(in_features), jnp.int32)
     return VQArray.from_indices(
         layout,
         indices(shape, layout.num_centroids),
@@ -68,9 +68,14 @@ def random_weight(spec: str, out_features: int, in_features: int, dtype=jnp.bflo
     )
 
 
+@jax.jit
+def _dequantized(weight: VQArray) -> jax.Array:
+    return weight.dequantize(jnp.float32)
+
+
 def float64_product(x, weight: VQArray) -> np.ndarray:
     """`x @ w.T` in float64 from the definition of the format."""
-    dense = np.asarray(weight.dequantize(jnp.float32), np.float64)
+    dense = np.asarray(_dequantized(weight), np.float64)
     return np.asarray(x, np.float64) @ dense.T
 
 

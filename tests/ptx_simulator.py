@@ -239,6 +239,11 @@ class _Machine:
     def load_shared_float(self, address):
         return self.as_float(self.load_shared(address, 1)[0])
 
+    def load_shared_half(self, address):
+        found = np.zeros(len(self._mask), np.uint16)
+        found[self._mask] = self._shared[self._addresses(address, 2, self._shared)].view(np.uint16)[:, 0]
+        return Int(found)
+
     def store_global(self, pointer, words):
         self._store(self._memory, pointer, [word.value for word in words])
 

@@ -42,7 +42,7 @@ TOLERANCE = {jnp.bfloat16: 4e-3, jnp.float16: 1e-3}
 
 
 def _x(rows, columns, dtype=jnp.bfloat16):
-    return jax.random.normal(jax.random.key(rows), (rows, columns), dtype)
+    return jnp.asarray(np.random.default_rng(rows).normal(size=(rows, columns)), dtype)
 
 
 def _assert_same(first, second):
@@ -156,6 +156,24 @@ def test_shared_memory_fits(spec, out_features, in_features, rows):
             assert all(offset % 16 == 0 for offset in book.planes)
 
 
+def test_staging_gives_way():
+    """To rows off 16 bytes, to codebooks that fill shared memory, to many rows, to long rows and to the user."""
+
+    def staged(spec, in_features=4096, rows=1, **options):
+        return Plan(
+            (VQSpec.parse(spec).layout(4096, in_features),), Order(4, 4), rows, "bf16", Config(**options)
+        ).stage_x
+
+    assert staged("v8-k256-256")
+    assert staged("v8-k256-256", 4096, 8)
+    assert staged("v8-k4096-4096", 14336)
+    assert not staged("v8-k256-256", 4100)
+    assert not staged("v8-k65536")
+    assert not staged("v8-k256-256", 4096, 9)
+    assert not staged("v8-k256-256", 14336, 8)
+    assert not staged("v8-k256-256", stage_x=False)
+
+
 def test_missing_or_stale_tuning_runs_the_default(monkeypatch, caplog):
     layout = VQSpec.parse("v8-k256-256").layout(64, 64)
     monkeypatch.setattr(tuning.device, "kind", lambda: "NVIDIA Abacus")
@@ -245,6 +263,28 @@ def test_simulated_kernel_of_several_weights(simulator, blocks):
     x = _x(2, 512)
     for product, weight in zip(mosaic.matmul(x, kernels, Config(blocks=blocks)), weights, strict=True):
         assert relative_error(product, float64_product(x, weight)) <= TOLERANCE[jnp.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("spec", "outs", "in_features", "blocks"),
+    [
+        ("v8-k256-256", (130,), 328, 3),  # Padding within a unit, and units that do not exist.
+        ("v6-k4096-nonorm-noperm", (50, 200), 256, 2),  # Columns in their order; a block with slabs of both weights.
+        ("v8-k256-16-g2-o1v4k256", (100, 40), 136, 1),  # A block with slabs of all groups of all weights.
+    ],
+)
+def test_simulated_staging_changes_nothing(simulator, spec, outs, in_features, blocks):
+    kernels = [relayout(random_weight(spec, out, in_features, seed=out), Order(2, 4)) for out in outs]
+    assert (kernels[0].columns is None) == ("noperm" in spec)
+    for rows in (1, 3, 8):
+        x = _x(rows, in_features)
+        config = Config(blocks=blocks)
+        plan = mosaic.make_plan(kernels, rows, config)
+        assert plan.stage_x
+        assert plan.blocks == blocks
+        _assert_same(
+            mosaic.matmul(x, kernels, config), mosaic.matmul(x, kernels, dataclasses.replace(config, stage_x=False))
+        )
 
 
 # --- the api ------------------------------------------------------------------------------------

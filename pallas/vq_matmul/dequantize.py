@@ -20,7 +20,7 @@ from jaxtyping import Int as Ints
 
 from vptq_jax.pallas import ptx
 from vptq_jax.pallas.ptx import Int, Pointer
-from vptq_jax.pallas.vq_matmul.kernel import Emitter, Slab
+from vptq_jax.pallas.vq_matmul.kernel import Emitter, Operands, Slab
 from vptq_jax.pallas.vq_matmul.plan import Config, Plan
 
 _STEP_COLUMNS = 16  # Columns decoded and written together.
@@ -30,7 +30,7 @@ _NOWHERE = 0xFFFFFFFF  # The column of what is padding.
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig(Config):
-    """What may be tuned about the decoding; `column_warps` and `prefetch` have no meaning here.
+    """What may be tuned about the decoding; `column_warps`, `prefetch` and `stage_x` have no meaning here.
 
     Attributes:
         cached_entries: a codebook too large for shared memory is left to L1 by default.
@@ -51,6 +51,11 @@ class DecodePlan(Plan):
     def column_warps(self) -> int:
         """All warps lie side by side down the output rows."""
         return 1
+
+    @property
+    def stage_x(self) -> bool:
+        """There are no activations."""
+        return False
 
     @property
     def run_rows(self) -> int:
@@ -115,7 +120,7 @@ def transposed_weight(
             *arrays, shared = refs
             words, *pointers, output = [Pointer.of(array) for array in arrays]
             books, (scale, *rest) = pointers[: len(tables)], pointers[len(tables) :]
-            emitter = Emitter(plan, [[words, words, *books]], output, ptx.shared_address(shared))
+            emitter = Emitter(plan, Operands([words], [books]), [output], ptx.shared_address(shared))
             _Decoder(
                 plan,
                 emitter,

@@ -13,43 +13,49 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, UInt
+from jaxtyping import Array, Float
 
 from vptq_jax.pallas import ptx
 from vptq_jax.pallas.ptx import Int, Pointer
 from vptq_jax.pallas.vq_matmul.layout import load_widths
-from vptq_jax.pallas.vq_matmul.plan import Book, Plan
+from vptq_jax.pallas.vq_matmul.plan import PIECE_COLUMNS, Book, Plan
+
+
+class Operands(NamedTuple):
+    """The arrays of a launch, of all but x one for each weight; within the kernel, pointers to them.
+
+    Attributes:
+        words: packed indices, uint32 [G, row units, column units, words].
+        tables: main and, if there is one, residual table [G, k, 8 or 16].
+        x: the activations [m, in], if the plan stages them or wants offsets.
+        columns: original column of each kernel column, int32, if the plan stages x; empty for the identity.
+        column_scales: of each kernel column, float32, if the plan stages x.
+        runs: the activations by runs of 32 kernel columns [runs, m, 32], if the plan does not stage x.
+        offsets: float32 [in], if the plan wants them.
+    """
+
+    words: Sequence[Any]
+    tables: Sequence[Sequence[Any]]
+    x: Any = None
+    columns: Sequence[Any] = ()
+    column_scales: Sequence[Any] = ()
+    runs: Sequence[Any] = ()
+    offsets: Sequence[Any] = ()
 
 
 def partial_products(
-    plan: Plan,
-    xs: Sequence[Float[Array, "blocks m 32"]],
-    words: Sequence[UInt[Array, "G rows columns words"]],
-    tables: Sequence[Sequence[Float[Array, "G k p"]]],
-    x: Float[Array, "m in"] | None = None,
-    offsets: Sequence[Float[Array, " in"] | None] = (),
+    plan: Plan, operands: Operands
 ) -> tuple[Float[Array, "slots m out"], Float[Array, "weights chunks m"] | None]:
     """Partial sums of `x @ w.T` for the weights of a plan, side by side, and of x times their offsets.
 
-    Args:
-        plan: the division of the work.
-        xs: for each weight its activations by runs of 32 kernel columns.
-        words: for each weight its packed indices.
-        tables: for each weight its main and, if there is one, residual table.
-        x: the activations themselves, if the plan wants offsets.
-        offsets: for each weight its offset, if the plan wants them.
-
-    Returns:
-        The product is the sum over slots plus, for each weight, the sum over chunks.
+    The product is the sum over slots plus, for each weight, the sum over chunks.
     """
-    operands = [a for part in zip(xs, words, *zip(*tables, strict=True), strict=True) for a in part]
-    step = len(operands) // len(plan.layouts)
-    extra = [x, *offsets] if plan.offsets else []
+    arrays, structure = jax.tree.flatten(operands)
     outputs = [jax.ShapeDtypeStruct((plan.slots, plan.rows, plan.out_features), jnp.float32)]
     if plan.offsets:
         outputs.append(jax.ShapeDtypeStruct((len(plan.layouts), plan.offset_chunks, plan.rows), jnp.float32))
@@ -57,15 +63,10 @@ def partial_products(
     def body(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def emit(_: Any, *refs: Any) -> None:
-            *arrays, shared = refs
-            pointers = [Pointer.of(array) for array in arrays]
-            parts = [pointers[i : i + step] for i in range(0, len(operands), step)]
-            results = pointers[len(operands) + len(extra) :]
-            offsets = None
-            if plan.offsets:
-                x, *values = pointers[len(operands) :][: len(extra)]
-                offsets = _Offsets(x, values, results[1])
-            Emitter(plan, parts, results[0], ptx.shared_address(shared), offsets).run()
+            *places, shared = refs
+            pointers = [Pointer.of(place) for place in places]
+            operands = jax.tree.unflatten(structure, pointers[: len(arrays)])
+            Emitter(plan, operands, pointers[len(arrays) :], ptx.shared_address(shared)).run()
 
         emit(*refs)
 
@@ -78,24 +79,16 @@ def partial_products(
         thread_name="warpgroup",
         scratch_types=(plgpu.SMEM((plan.shared_bytes // 4,), jnp.uint32),),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(*operands, *extra)
+    )(*arrays)
     return results[0], results[1] if plan.offsets else None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Offsets:
-    """Operands and result of the products with offsets."""
-
-    x: Pointer
-    values: list[Pointer]
-    output: Pointer
-
-
 class Slab:
-    """Where a slab lies: weight, group, row group, and the unit of the running warp."""
+    """Where a slab lies: weight, group, row group, and the unit of the running warp, or of one beside it."""
 
-    def __init__(self, emitter: Emitter, slab: Int):
+    def __init__(self, emitter: Emitter, slab: Int, column_warp: Int | None = None):
         plan = emitter.plan
+        self.index = slab
         self.after = [slab >= start for start in plan.starts[1:-1]]
         local = slab - self.of(plan.starts[:-1])
         flat = local // plan.slabs_per_row_group
@@ -111,7 +104,7 @@ class Slab:
         self.row_valid = row_unit < row_units
         row_unit = row_unit.minimum(row_units - 1)  # The last row group may have warps without work of their own.
         self.row_unit = row_unit
-        column_unit = self.step * plan.column_warps + emitter.column_warp
+        column_unit = self.step * plan.column_warps + (emitter.column_warp if column_warp is None else column_warp)
         self.column_valid = column_unit < plan.grid.column_units
         column_unit = column_unit.minimum(plan.grid.column_units - 1)
         self.unit = (self.group * row_units + row_unit) * plan.grid.column_units + column_unit
@@ -133,19 +126,30 @@ class Slab:
         return part * plan.grid.layout.num_groups + self.group
 
 
-class Emitter:
-    """Emits the kernel; holds what every step needs."""
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Neighbouring kernel columns whose activations one thread stages.
 
-    def __init__(
-        self,
-        plan: Plan,
-        parts: list[list[Pointer]],
-        output: Pointer,
-        shared: Int,
-        offsets: _Offsets | None = None,
-    ):
-        self.plan, self.output, self.shared, self.offsets = plan, output, shared, offsets
-        self.xs, self.words, *self.tables = (list(column) for column in zip(*parts, strict=True))
+    Attributes:
+        target: address of the first row's.
+        columns: original columns.
+        scales: their scales.
+        valid: whether the columns belong to a unit; None if all do.
+    """
+
+    target: Int
+    columns: list[Int]
+    scales: list[Any]
+    valid: Any
+
+
+class Emitter:
+    """Emits the kernel; holds what every step needs. `outputs` are partial sums and, if any, offset shares."""
+
+    def __init__(self, plan: Plan, operands: Operands, outputs: list[Pointer], shared: Int):
+        self.plan, self.operands, self.outputs, self.shared = plan, operands, outputs, shared
+        self.output = outputs[0]
+        self.tables = list(zip(*operands.tables, strict=True))
         self.books = plan.books
         self.thread = ptx.thread_index()
         self.block = ptx.block_index()
@@ -163,6 +167,8 @@ class Emitter:
             (((self.lane >> 2) + 8 * tile).minimum(plan.rows - 1)) * 64 + (self.lane & 3) * 16
             for tile in range(plan.row_tiles)
         ]
+        self.first = self.block * plan.total // plan.blocks
+        self.stop = (self.block + 1) * plan.total // plan.blocks
         self.bases = [self._lane_base(book) for book in self.books]
         self.rings = [
             shared + book.ring + self.warp * (plan.order.entries * 512) + self.lane * 16 if book.streamed else None
@@ -180,21 +186,23 @@ class Emitter:
         return self.plan.warps * 32
 
     def run(self) -> None:
-        plan = self.plan
-        first = self.block * plan.total // plan.blocks
-        stop = (self.block + 1) * plan.total // plan.blocks
+        plan, first, stop = self.plan, self.first, self.stop
         ahead = self._units_ahead()
         start = Slab(self, first)
         following = [Slab(self, (first + i).minimum(stop - 1)) for i in range(1, ahead)]
         units = [self.load_words(slab) for slab in [start, *following]]
-        x = self._load_x_unit(start) if self._x_ahead else []
-        share = self._load_offset_share(self.block.minimum(self._offset_shares - 1)) if self.offsets else None
+        x = self._load_x_unit(start) if plan.x_ahead else []
+        pieces = self._load_pieces() if plan.stage_x else []
+        share = self._load_offset_share(self.block.minimum(self._offset_shares - 1)) if plan.offsets else None
         self._start_tables(start)
         if share is not None:
             self._reduce_offset_share(share)
         self._finish_tables()
         if share is not None:
             self._store_offset_shares()
+        if plan.stage_x:
+            self._stage(pieces)
+            ptx.barrier()
         if any(book.streamed for book in self.books):
             self._start_unit(start, units[0], ptx.constant(0) < 1)
         sums = [ptx.float_constant(0.0)] * (4 * self._sums())
@@ -210,7 +218,7 @@ class Emitter:
             following = Slab(self, (index + 1).minimum(stop - 1))
             far = following if ahead == 1 else Slab(self, (index + ahead).minimum(stop - 1))
             units.append(self.load_words(far))
-            next_x = self._load_x_unit(following) if self._x_ahead else []
+            next_x = self._load_x_unit(following) if plan.x_ahead else []
             tables = []
             if several:
                 tables = [slab.table_set(plan)]
@@ -234,17 +242,16 @@ class Emitter:
 
     def _load_offset_share(self, share: Int) -> tuple[list, list[Int]]:
         """Two columns of a weight's offset, and of every row of x, for each thread."""
-        assert self.offsets is not None
         plan, columns = self.plan, self.plan.grid.layout.in_features
         part = share // plan.offset_chunks
         column = (share - part * plan.offset_chunks) * plan.offset_columns + self.thread * 2
-        source = self.offsets.values[0]
-        for i, offset in enumerate(self.offsets.values[1:], 1):
+        source = self.operands.offsets[0]
+        for i, offset in enumerate(self.operands.offsets[1:], 1):
             source = ptx.choose(part >= i, offset, source)
         inside = column < columns
         column = column.minimum(columns - 2)
         pair = [ptx.as_float(word) for word in ptx.load_cached(source.at(column, 4), 2)]
-        x = [ptx.load_cached(self.offsets.x.at(column + row * columns, 2), 1)[0] for row in range(plan.rows)]
+        x = [ptx.load_cached(self.operands.x.at(column + row * columns, 2), 1)[0] for row in range(plan.rows)]
         return [ptx.select(inside, value, ptx.float_constant(0.0)) for value in pair], x
 
     def _reduce_offset_share(self, share: tuple[list, list[Int]]) -> None:
@@ -275,12 +282,11 @@ class Emitter:
                 self._store_offset_share(share)
 
     def _store_offset_share(self, share: Int) -> None:
-        assert self.offsets is not None
         with ptx.when(self.thread < self.plan.rows):
             total = ptx.load_shared_float(self._offset_place(self.thread, 0))
             for warp in range(1, self.plan.warps):
                 total = ptx.add(total, ptx.load_shared_float(self._offset_place(self.thread, warp)))
-            ptx.store_global_float(self.offsets.output.at(share * self.plan.rows + self.thread, 4), total)
+            ptx.store_global_float(self.outputs[1].at(share * self.plan.rows + self.thread, 4), total)
 
     def _units_ahead(self) -> int:
         return max(2 if any(book.streamed for book in self.books) else 1, self.plan.config.prefetch)
@@ -290,7 +296,7 @@ class Emitter:
 
     def load_words(self, slab: Slab) -> list[Int]:
         grid = self.plan.grid
-        pointer = slab.of(self.words).at(slab.unit, 4 * grid.streams * grid.stream_words)
+        pointer = slab.of(self.operands.words).at(slab.unit, 4 * grid.streams * grid.stream_words)
         words: list[Int] = []
         for width in load_widths(grid.stream_words):
             place = pointer.at(self.stream, 4 * width).offset(4 * grid.streams * len(words))
@@ -309,19 +315,22 @@ class Emitter:
             for plane in range(planes):
                 tail = self.plan.shared_tail and plane == 1
                 target = self.shared + book.planes[plane] + (8 * i if tail else 0)
-                copy = self._copy_rows if book.replicas == 1 and not tail else self._copy_through_registers
-                copy(target, source.offset(plane * 16), book, 8 if tail else 16)
+                if book.replicas == 1 and not tail:
+                    self._copy_pieces(target, source.offset(plane * 16), book.cached, planes * 16)
+                else:
+                    self._copy_through_registers(target, source.offset(plane * 16), book, 8 if tail else 16)
         ptx.commit_copies()
 
     def _finish_tables(self) -> None:
         ptx.wait_copies(0)
         ptx.barrier()
 
-    def _copy_rows(self, target: Int, source: Pointer, book: Book, size: int) -> None:
-        for start in range(0, book.cached, self.threads):
+    def _copy_pieces(self, target: Int, source: Pointer, count: int, pitch: int) -> None:
+        """Starts copies of 16 bytes each, side by side from places `pitch` bytes apart."""
+        for start in range(0, count, self.threads):
             item = self.thread + start
-            inside = None if start + self.threads <= book.cached else item < book.cached
-            ptx.copy_async(target + item * 16, source.at(item, self.plan.grid.planes * 16), size, inside)
+            inside = None if start + self.threads <= count else item < count
+            ptx.copy_async(target + item * 16, source.at(item, pitch), 16, inside)
 
     def _copy_through_registers(self, target: Int, source: Pointer, book: Book, size: int) -> None:
         """For copies that several threads take from one place, or of 8 bytes: asynchronous ones are slow at both."""
@@ -376,16 +385,64 @@ class Emitter:
             return ptx.load_cached(source.at(index * planes + self.plane, 16), 4)
         return ptx.load_shared(self.bases[i] + index * (16 * book.replicas), 4)
 
-    @property
-    def _x_ahead(self) -> bool:
-        """Whether activations are loaded a unit ahead; many rows would take too many registers."""
-        return self.plan.row_tiles == 1
+    def _load_pieces(self) -> list[_Piece]:
+        """Starts the copy of x to shared memory, and loads all that staging it takes besides."""
+        plan = self.plan
+        pieces = [self._load_piece(start) for start in range(0, plan.staged_pieces, self.threads)]
+        self._copy_pieces(self.shared + plan.x_start, self.operands.x, plan.x_bytes // 16, 16)
+        return pieces
+
+    def _load_piece(self, start: int) -> _Piece:
+        plan = self.plan
+        # A thread without a piece repeats the last one, a block without as many slabs its last one.
+        piece = (self.thread + start).minimum(plan.staged_pieces - 1)
+        number = piece // (plan.slab_columns // PIECE_COLUMNS)
+        within = piece * PIECE_COLUMNS - number * plan.slab_columns
+        warp = within // plan.order.columns
+        slab = Slab(self, (self.first + number).minimum(self.stop - 1), warp)
+        column = slab.column_run * 32 + (within - warp * plan.order.columns)
+        columns = [column + i for i in range(PIECE_COLUMNS)]
+        if self.operands.columns:
+            columns = ptx.load_cached(slab.of(self.operands.columns).at(column, 4), PIECE_COLUMNS)
+        scales = ptx.load_cached(slab.of(self.operands.column_scales).at(column, 4), PIECE_COLUMNS)
+        run = piece * PIECE_COLUMNS // 32
+        target = run * (plan.rows * 64) + (piece - run * (32 // PIECE_COLUMNS)) * (PIECE_COLUMNS * 2)
+        return _Piece(
+            self.shared + plan.staged_start + target,
+            columns,
+            [ptx.as_float(scale) for scale in scales],
+            self._inside(slab),
+        )
+
+    def _stage(self, pieces: list[_Piece]) -> None:
+        """Writes the activations of the block's slabs to shared memory, by runs of 32 kernel columns."""
+        rows = range(self.plan.rows)
+        for piece in pieces:
+            places = [self.shared + self.plan.x_start + column * 2 for column in piece.columns]
+            pitch = self.plan.grid.layout.in_features * 2
+            x = [[ptx.load_shared_half(place + row * pitch) for place in places] for row in rows]
+            for row in rows:
+                ptx.store_shared(piece.target + row * 64, self._scaled(x[row], piece))
+
+    def _scaled(self, x: list[Int], piece: _Piece) -> list[Int]:
+        """16-bit activations times the scales of their columns, two in a word."""
+        words = []
+        for i in range(0, len(x), 2):
+            pair = ptx.unpack(x[i] | x[i + 1] << 16, self.plan.kind)
+            low, high = (ptx.multiply(value, scale) for value, scale in zip(pair, piece.scales[i : i + 2], strict=True))
+            words.append(ptx.pack(low, high, self.plan.kind))
+        return self._cleared(words, piece.valid)
+
+    def _inside(self, slab: Slab) -> Any:
+        """Whether a slab's unit exists, None if it surely does."""
+        return slab.column_valid if self.plan.grid.column_units % self.plan.column_warps else None
+
+    def _cleared(self, words: list[Int], valid: Any) -> list[Int]:
+        return words if valid is None else [ptx.select(valid, word, ptx.constant(0)) for word in words]
 
     def _load_x_unit(self, slab: Slab) -> list[Int]:
         """Activations of a whole unit, for one run of rows."""
-        place = slab.of(self.xs).at(slab.column_run, self.plan.rows * 64).at(self.x_offsets[0], 1)
-        pairs = range(self.plan.order.steps // 2)
-        return [word for pair in pairs for word in self._load_x(slab, place.offset(pair * self.plan.rows * 64))]
+        return [word for pair in range(self.plan.order.steps // 2) for word in self._load_x(slab, pair)[0]]
 
     def _unit(
         self, slab: Slab, units: list[list[Int]], loaded: list[Int], sums: list, more: Any, following: Slab
@@ -393,14 +450,9 @@ class Emitter:
         plan = self.plan
         tiles, row_tiles = plan.order.tiles, plan.row_tiles
         streamed = any(book.streamed for book in self.books)
-        pointer = slab.of(self.xs).at(slab.column_run, plan.rows * 64)
-        places = [pointer.at(offset, 1) for offset in self.x_offsets]
         sums = list(sums)
         for pair in range(plan.order.steps // 2):
-            if loaded:
-                x = [loaded[4 * pair : 4 * pair + 4]]
-            else:
-                x = [self._load_x(slab, place.offset(pair * plan.rows * 64)) for place in places]
+            x = [loaded[4 * pair : 4 * pair + 4]] if loaded else self._load_x(slab, pair)
             for half in (0, 1):
                 step = 2 * pair + half
                 for tile in range(tiles):
@@ -422,11 +474,17 @@ class Emitter:
                         self._start_entry(following, units[1], entry, more)
         return sums
 
-    def _load_x(self, slab: Slab, place: Pointer) -> list[Int]:
-        x = ptx.load_cached(place, 4)
-        if self.plan.grid.column_units % self.plan.column_warps:
-            x = [ptx.select(slab.column_valid, word, ptx.constant(0)) for word in x]
-        return x
+    def _load_x(self, slab: Slab, pair: int) -> list[list[Int]]:
+        """Activations of two steps of a unit, for each run of rows."""
+        plan = self.plan
+        pitch = plan.rows * 64
+        if plan.stage_x:
+            unit = (slab.index - self.first) * plan.column_warps + self.column_warp
+            place = self.shared + plan.staged_start + unit * (plan.order.steps // 2 * pitch) + pair * pitch
+            return [ptx.load_shared(place + offset, 4) for offset in self.x_offsets]
+        unit = slab.of(self.operands.runs).at(slab.column_run, pitch)
+        places = [unit.at(offset, 1).offset(pair * pitch) for offset in self.x_offsets]
+        return [self._cleared(ptx.load_cached(place, 4), self._inside(slab)) for place in places]
 
     def _flush(self, slab: Slab, index: Int, sums: list, ends_group: Any) -> None:
         """Adds the sums of the warps that share output rows and writes them to this block's slot."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from vptq_jax.pallas import device
 from vptq_jax.pallas.vq_matmul import layout as kernel_layout
 from vptq_jax.pallas.vq_matmul.dequantize import DecodeConfig, DecodePlan, transposed_weight
-from vptq_jax.pallas.vq_matmul.kernel import partial_products
+from vptq_jax.pallas.vq_matmul.kernel import Operands, partial_products
 from vptq_jax.pallas.vq_matmul.layout import KernelArray
 from vptq_jax.pallas.vq_matmul.plan import MAX_ROWS, MAX_ROWS_SHARED_TAIL, Config, Plan
 from vptq_jax.pallas.vq_matmul.tuning import tuned
@@ -33,6 +33,7 @@ def one_launch(weights: Sequence[KernelArray]) -> bool:
             weight.order,
             weight.table.dtype,
             weight.centred_offset is None,
+            weight.columns is None,
         )
 
     return all(likeness(weight) == likeness(first) for weight in weights)
@@ -84,11 +85,7 @@ def _fused(
         pieces = (x[:MAX_ROWS_SHARED_TAIL], x[MAX_ROWS_SHARED_TAIL:])
         halves = [_fused(piece, weights, config) for piece in pieces]
         return tuple(jnp.concatenate(rows) for rows in zip(*halves, strict=True))
-    tables = [[weight.table] if weight.res_table is None else [weight.table, weight.res_table] for weight in weights]
-    xs = [_column_runs(x, weight) for weight in weights]
-    words = [weight.words for weight in weights]
-    offsets = [weight.centred_offset for weight in weights] if plan.offsets else []
-    partials, offset_shares = partial_products(plan, xs, words, tables, x, offsets)
+    partials, offset_shares = partial_products(plan, _operands(plan, x, weights))
     products: list[Array] = []
     start = 0
     for i, weight in enumerate(weights):
@@ -103,6 +100,19 @@ def _fused(
         products.append(product)
         start = stop
     return tuple(products)
+
+
+def _operands(plan: Plan, x: Float[Array, "m in"], weights: Sequence[KernelArray]) -> Operands:
+    tables = [[weight.table] if weight.res_table is None else [weight.table, weight.res_table] for weight in weights]
+    operands = Operands([weight.words for weight in weights], tables)
+    if plan.stage_x or plan.offsets:
+        operands = operands._replace(x=x)
+    if plan.offsets:
+        operands = operands._replace(offsets=[weight.centred_offset for weight in weights])
+    if not plan.stage_x:
+        return operands._replace(runs=[_column_runs(x, weight) for weight in weights])
+    columns = [weight.columns for weight in weights if weight.columns is not None]
+    return operands._replace(columns=columns, column_scales=[weight.column_scale for weight in weights])
 
 
 def _added(terms: Float[Array, "terms *shape"]) -> Float[Array, "*shape"]:

@@ -11,8 +11,11 @@ from vptq_jax.pallas.vq_matmul.layout import Order, UnitGrid
 from vptq_jax.spec import VQLayout
 
 MAX_ROWS = 64
+MAX_STAGED_ROWS = 8  # One run; every block reads all of x, however little of it its columns are.
 MAX_ROWS_SHARED_TAIL = 32  # Twice the sums take twice the registers.
 _RESERVED_BYTES = 2048  # Kept for the compiler's own use of shared memory.
+PIECE_COLUMNS = 4  # Columns of which a thread loads index and scale at once.
+_THREAD_PIECES = 4  # Most pieces a thread holds in registers.
 _ROW_BYTES = 16  # A centroid, or a plane of one: 8 values of 16 bits.
 
 
@@ -28,6 +31,8 @@ class Config:
         replica_entries: a codebook is copied up to 8 times while copies times entries stay within this.
         cached_entries: entries of a codebook too large for shared memory that are kept there
             nevertheless, as far as they fit.
+        stage_x: blocks permute and scale the activations they need, where that fits (`Plan.stage_x`);
+            otherwise XLA does, in a launch of its own.
     """
 
     blocks: int = 132
@@ -35,6 +40,7 @@ class Config:
     prefetch: int = 1
     replica_entries: int = 4096
     cached_entries: int = 1 << 16
+    stage_x: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +167,11 @@ class Plan:
         return ((slab + 1) * self.blocks - 1) // self.total
 
     @property
+    def block_slabs(self) -> int:
+        """Most slabs of a block."""
+        return -(-self.total // self.blocks)
+
+    @property
     def slots_per_group(self) -> int:
         """Most blocks that share one row group."""
         size = self.slabs_per_row_group
@@ -262,6 +273,57 @@ class Plan:
         return last.ring + (self.ring_bytes if last.streamed else 0)
 
     @property
+    def x_start(self) -> int:
+        """Byte offset in shared memory of the activations as they come; behind them lie the staged ones."""
+        return self.offset_start + (self.warps * self.rows * 4 if self.offsets else 0)
+
+    @property
+    def x_bytes(self) -> int:
+        """The activations as they come."""
+        return self.rows * self.grid.layout.in_features * 2
+
+    @property
+    def slab_columns(self) -> int:
+        """Columns of a slab."""
+        return self.column_warps * self.order.columns
+
+    @property
+    def staged_pieces(self) -> int:
+        """Pieces of columns that a block stages: those of all its slabs."""
+        return self.block_slabs * self.slab_columns // PIECE_COLUMNS
+
+    @property
+    def staged_start(self) -> int:
+        """Byte offset in shared memory of the staged activations."""
+        return self.x_start + self.x_bytes
+
+    @property
+    def _staged_end(self) -> int:
+        return self.staged_start + self.block_slabs * self.slab_columns * self.rows * 2
+
+    @property
+    def stage_x(self) -> bool:
+        """Whether blocks permute and scale the activations of their slabs themselves, through shared memory.
+
+        Nothing else gives way to it. Copies of 16 bytes need rows of such.
+        """
+        return (
+            self.config.stage_x
+            and self.rows <= MAX_STAGED_ROWS
+            and self.grid.layout.in_features % 8 == 0
+            and self.staged_pieces <= _THREAD_PIECES * self.warps * 32
+            and self._staged_end <= SHARED_MEMORY_BYTES - _RESERVED_BYTES
+        )
+
+    @property
+    def x_ahead(self) -> bool:
+        """Whether a warp loads activations from device memory a unit ahead of their use.
+
+        One row is faster without, and more than 8 would take too many registers.
+        """
+        return self.row_tiles == 1 and self.rows > 1 and not self.stage_x
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
-        return self.offset_start + (self.warps * self.rows * 4 if self.offsets else 0)
+        return self._staged_end if self.stage_x else self.x_start
