@@ -21,16 +21,16 @@ SPECS = ["v8-k256-256", "v8-k4096", "v6-k4096", "v8-k4096-4096", "v12-k4096-4096
 SHAPES = ["14336x4096", "4096x14336", "4096x4096", "1024x4096"]
 
 
-def table(specs: list[str], shapes: list[tuple[int, int]], rows: list[int]) -> str:
+def print_table(specs: list[str], shapes: list[tuple[int, int]], rows: list[int]) -> None:
     """Microseconds of the product's kernel (of all its launches) by shape and rows, one column a format."""
-    times = bench.bench_matmul(specs, shapes, rows)
-    cells = {(t.out_features, t.in_features, t.rows, t.spec): t for t in times}
-    lines = ["| out x in, rows | " + " | ".join(["bf16", *specs]) + " |", "|---" * (len(specs) + 2) + "|"]
-    for (out, columns), count in itertools.product(shapes, rows):
-        found = [cells[out, columns, count, spec] for spec in ("bf16", *specs)]
-        values = " | ".join(f"{t.microseconds:.1f} ({t.total_microseconds:.1f})" for t in found)
-        lines.append(f"| {out} x {columns}, {count} | {values} |")
-    return "\n".join(lines)
+    print("| out x in, rows | " + " | ".join(["bf16", *specs]) + " |")
+    print("|---" * (len(specs) + 2) + "|", flush=True)
+    for shape in shapes:
+        times = {(t.rows, t.spec): t for t in bench.bench_matmul(specs, [shape], rows)}
+        for count in rows:
+            found = [times[count, spec] for spec in ("bf16", *specs)]
+            values = " | ".join(f"{t.microseconds:.1f} ({t.total_microseconds:.1f})" for t in found)
+            print(f"| {shape[0]} x {shape[1]}, {count} | {values} |", flush=True)
 
 
 def tune(spec: str, shape: tuple[int, int], rows: int) -> list[tuple[float, Config]]:
@@ -64,7 +64,7 @@ def main() -> None:
     shapes = [(int(out), int(columns)) for out, columns in (shape.split("x") for shape in arguments.shapes)]
     print(bench.environment())
     if not arguments.tune:
-        print(table(arguments.specs, shapes, arguments.rows))
+        print_table(arguments.specs, shapes, arguments.rows)
         return
     for spec, shape, rows in itertools.product(arguments.specs, shapes, arguments.rows):
         for time, config in tune(spec, shape, rows)[:3]:

@@ -11,7 +11,7 @@ from vptq_jax.pallas.vq_matmul.layout import Order, UnitGrid
 from vptq_jax.spec import VQLayout
 
 MAX_ROWS = 64
-MAX_STAGED_ROWS = 8  # One run; every block reads all of x, however little of it its columns are.
+MAX_STAGED_ROWS = 4  # Every block reads all of x: worth a launch for 1 row, slower for 8 (measured).
 MAX_ROWS_SHARED_TAIL = 32  # Twice the sums take twice the registers.
 _RESERVED_BYTES = 2048  # Kept for the compiler's own use of shared memory.
 PIECE_COLUMNS = 4  # Columns of which a thread loads index and scale at once.
