@@ -15,7 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from vptq_jax.pallas import ptx
+from vptq_jax.pallas import launch, ptx
 
 _GAP = 1 << 12  # Bytes between arrays, so that no address just beyond one lies inside another.
 _FLOATS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
@@ -37,8 +37,8 @@ def use(monkeypatch, *modules):
         CompilerParams=lambda **_: None,
         LoweringSemantics=types.SimpleNamespace(Lane=None),
     )
+    monkeypatch.setattr(launch, "plgpu", fake)
     for module in modules:
-        monkeypatch.setattr(module, "plgpu", fake)
         for name in ("Int", "Pointer"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, getattr(ptx, name))

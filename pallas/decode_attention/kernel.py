@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float
 
 from vptq_jax.pallas import ptx
+from vptq_jax.pallas.launch import launch
 from vptq_jax.pallas.ptx import Int, Pointer
 
 _WARPS = 8
@@ -102,25 +102,15 @@ def decode_attention(
 def _runs(plan: Plan, q: Array, keys: Array, values: Array, bias: Array) -> tuple[Array, Array, Array]:
     """For every run of slots: weighted sums of values [runs, B, N, D], peak scores (log2) and sums of weights."""
 
-    def body(*refs: Any) -> None:
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def emit(_: Any, *refs: Any) -> None:
-            *arrays, shared = refs
-            _emit(plan, [Pointer.of(array) for array in arrays], ptx.shared_address(shared))
-
-        emit(*refs)
-
     rows = (plan.runs, plan.batch, plan.heads)
-    sums, peaks, totals = plgpu.kernel(
-        body,
-        out_type=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*rows, plan.head_dim), rows, rows)],
-        grid=(plan.batch * plan.kv_heads * plan.runs,),
-        grid_names=("block",),
-        num_threads=_WARPS // 4,
-        thread_name="warpgroup",
-        scratch_types=(plgpu.SMEM((_WARPS * plan.group * (plan.head_dim + 2),), jnp.float32),),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(q, keys, values, bias)
+    sums, peaks, totals = launch(
+        functools.partial(_emit, plan),
+        (q, keys, values, bias),
+        [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*rows, plan.head_dim), rows, rows)],
+        blocks=plan.batch * plan.kv_heads * plan.runs,
+        warps=_WARPS,
+        shared_bytes=_WARPS * plan.group * (plan.head_dim + 2) * 4,
+    )
     return sums, peaks, totals
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from vptq_jax.pallas import device, ptx
+from vptq_jax.pallas.launch import launch
 from vptq_jax.pallas.ptx import Int as Word
 from vptq_jax.pallas.ptx import Pointer
 
@@ -94,24 +94,14 @@ def nearest_index(vectors: Float[Array, "n v"], codebook: Float[Array, "k v"]) -
     padding = ((0, 0), (0, -plan.length % 4))
     operands = (rows, columns, half_norms, jnp.pad(vectors, padding), jnp.pad(codebook, padding))
 
-    def body(*refs: Any) -> None:
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def emit(_: Any, *refs: Any) -> None:
-            *arrays, shared = refs
-            _Emitter(plan, [Pointer.of(array) for array in arrays], ptx.shared_address(shared)).run()
-
-        emit(*refs)
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((plan.count,), jnp.int32),
-        grid=(min(plan.blocks, plan.passes),),
-        grid_names=("block",),
-        num_threads=_WARPS // 4,
-        thread_name="warpgroup",
-        scratch_types=(plgpu.SMEM((plan.shared_bytes // 4,), jnp.uint32),),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(*operands)
+    return launch(
+        lambda pointers, shared: _Emitter(plan, pointers, shared).run(),
+        operands,
+        jax.ShapeDtypeStruct((plan.count,), jnp.int32),
+        blocks=min(plan.blocks, plan.passes),
+        warps=_WARPS,
+        shared_bytes=plan.shared_bytes,
+    )
 
 
 def _operands(plan: Plan, vectors: Float[Array, "n v"], codebook: Float[Array, "k v"]) -> tuple[Array, Array, Array]:

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, UInt
 from jaxtyping import Int as Ints
 
 from vptq_jax.pallas import ptx
+from vptq_jax.pallas.launch import launch
 from vptq_jax.pallas.ptx import Int, Pointer
 from vptq_jax.pallas.vq_matmul.kernel import Emitter, Operands, Slab
 from vptq_jax.pallas.vq_matmul.plan import Config, Plan
@@ -114,34 +113,26 @@ def transposed_weight(
     width = -(-layout.out_features // 8) * 8
     extra = [column_scale, *(array for array in (columns, offset) if array is not None)]
 
-    def body(*refs: Any) -> None:
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def emit(_: Any, *refs: Any) -> None:
-            *arrays, shared = refs
-            words, *pointers, output = [Pointer.of(array) for array in arrays]
-            books, (scale, *rest) = pointers[: len(tables)], pointers[len(tables) :]
-            emitter = Emitter(plan, Operands([words], [books]), [output], ptx.shared_address(shared))
-            _Decoder(
-                plan,
-                emitter,
-                width,
-                scale,
-                columns=None if columns is None else rest[0],
-                offset=None if offset is None else rest[-1],
-            ).run()
+    def emit(pointers: list[Pointer], shared: Int) -> None:
+        words, *arrays, output = pointers
+        books, (scale, *rest) = arrays[: len(tables)], arrays[len(tables) :]
+        _Decoder(
+            plan,
+            Emitter(plan, Operands([words], [books]), [output], shared),
+            width,
+            scale,
+            columns=None if columns is None else rest[0],
+            offset=None if offset is None else rest[-1],
+        ).run()
 
-        emit(*refs)
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((layout.in_features, width), tables[0].dtype),
-        grid=(plan.blocks,),
-        grid_names=("block",),
-        num_threads=plan.warps // 4,
-        thread_name="warpgroup",
-        scratch_types=(plgpu.SMEM((plan.shared_bytes // 4,), jnp.uint32),),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(words, *tables, *extra)
+    return launch(
+        emit,
+        [words, *tables, *extra],
+        jax.ShapeDtypeStruct((layout.in_features, width), tables[0].dtype),
+        blocks=plan.blocks,
+        warps=plan.warps,
+        shared_bytes=plan.shared_bytes,
+    )
 
 
 class _Decoder:

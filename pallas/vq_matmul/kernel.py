@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from vptq_jax.pallas import ptx
+from vptq_jax.pallas.launch import launch
 from vptq_jax.pallas.ptx import Int, Pointer
 from vptq_jax.pallas.vq_matmul.layout import load_widths
 from vptq_jax.pallas.vq_matmul.plan import PIECE_COLUMNS, Book, Plan
@@ -60,26 +60,11 @@ def partial_products(
     if plan.offsets:
         outputs.append(jax.ShapeDtypeStruct((len(plan.layouts), plan.offset_chunks, plan.rows), jnp.float32))
 
-    def body(*refs: Any) -> None:
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def emit(_: Any, *refs: Any) -> None:
-            *places, shared = refs
-            pointers = [Pointer.of(place) for place in places]
-            operands = jax.tree.unflatten(structure, pointers[: len(arrays)])
-            Emitter(plan, operands, pointers[len(arrays) :], ptx.shared_address(shared)).run()
+    def emit(pointers: list[Pointer], shared: Int) -> None:
+        operands = jax.tree.unflatten(structure, pointers[: len(arrays)])
+        Emitter(plan, operands, pointers[len(arrays) :], shared).run()
 
-        emit(*refs)
-
-    results = plgpu.kernel(
-        body,
-        out_type=outputs,
-        grid=(plan.blocks,),
-        grid_names=("block",),
-        num_threads=plan.warps // 4,
-        thread_name="warpgroup",
-        scratch_types=(plgpu.SMEM((plan.shared_bytes // 4,), jnp.uint32),),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(*arrays)
+    results = launch(emit, arrays, outputs, blocks=plan.blocks, warps=plan.warps, shared_bytes=plan.shared_bytes)
     return results[0], results[1] if plan.offsets else None
 
 
