@@ -3,6 +3,7 @@
     python benchmarks/quality.py MODEL --calibration ../shared/data/calib.txt --evaluation ../shared/data/eval.txt
     python benchmarks/quality.py MODEL ... --specs v4-k256 --modes sequential --seeds 0 1 2 --set rounds=3
     python benchmarks/quality.py MODEL ... --ablation
+    python benchmarks/quality.py MODEL ... --specs v6-k4096 --set rounds=3 'variant="prototype"'
 
 Rows that the output file already holds are skipped, so that the run may be killed at any time, and several
 processes may share one file as long as their rows differ. The defaults are the project's model table: 64 x 512
@@ -42,7 +43,7 @@ def ablation_rows(seeds: list[int]) -> list[dict[str, Any]]:
     """One step a row, at about 2 and 3 index bits."""
     rows: list[dict[str, Any]] = []
     for main, residual, outlier in (("v4-k256", "v8-k256-256", "v2k256"), ("v2-k64", "v4-k64-64", "v2k256")):
-        rows += [{"spec": main, "rounds": 0, "variant": variant} for variant in VARIANTS]
+        rows += [{"spec": main, "rounds": 0, "variant": variant} for variant in STEPS]
         rows += [{"spec": spec, "rounds": 0} for spec in (main, residual)]
         rows += [{"spec": f"{residual}-o{percent}{outlier}", "rounds": 0} for percent in (1, 2, 5)]
         rows += [{"spec": f"{residual}-g{groups}", "rounds": 0} for groups in (2, 4, 8)]
@@ -64,18 +65,42 @@ def _unscaled(W: Any, H: Any, damping: Any, slot_columns: Any, *, normalize: boo
     return dataclasses.replace(problem, U=problem.U * jnp.where(slot_columns >= 0, scale, 1))
 
 
+def _undamped(W: Any, H: Any, damping: Any, slot_columns: Any, *, normalize: bool, permute: bool) -> Any:
+    """In place of `weight.prepare`: refinement in the Hessian as collected; only the column pass is damped."""
+    options = {"normalize": normalize, "permute": permute}
+    problem = _prepare(W, H, damping, slot_columns, **options)
+    return dataclasses.replace(problem, H=_prepare(W, H, 0.0, slot_columns, **options).H)
+
+
+def _range(W: Any) -> tuple[Any, Any]:
+    """In place of `weight.normalization`: range and minimum of each column, as the released code has them."""
+    lowest, highest = W.min(axis=0), W.max(axis=0)
+    return jnp.maximum(highest - lowest, 1e-9), lowest
+
+
+def _diagonal(problem: Any) -> Any:
+    """In place of `weight._importance`: k-means weighted as in the paper."""
+    return jnp.diag(problem.H)
+
+
 _prepare = weight.prepare
-VARIANTS: dict[str, dict[str, Any]] = {
+STEPS: dict[str, dict[str, Any]] = {
     "k-means only": {"column_pass": _nearest_only},
     "unscaled Hessian": {"prepare": _unscaled},
+}
+CHOICES: dict[str, dict[str, Any]] = {
+    "range": {"normalization": _range},
+    "diag(H)": {"_importance": _diagonal},
+    "undamped refinement": {"prepare": _undamped},
+    "prototype": {"normalization": _range, "_importance": _diagonal, "prepare": _undamped},
 }
 
 
 @contextlib.contextmanager
 def variant(name: str | None) -> Iterator[None]:
-    """Puts a step back to what it was before the algorithm had it, for the ablation alone."""
+    """Puts a step or a choice of the algorithm back to what it was before, to measure what it is worth."""
     with contextlib.ExitStack() as stack:
-        for function, replacement in VARIANTS[name].items() if name else ():
+        for function, replacement in (STEPS | CHOICES)[name].items() if name else ():
             stack.enter_context(mock.patch.object(weight, function, replacement))
         if name:
             weight.search.clear_cache()
