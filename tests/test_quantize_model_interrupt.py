@@ -10,7 +10,7 @@ import time
 import pytest
 
 SCRIPT = """
-import os, sys
+import os, signal, sys
 import jax, numpy as np
 from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.params import RandomSource
@@ -26,6 +26,7 @@ config = ModelConfig.from_hf({
 model = build(config, RandomSource(jax.random.key(0), std=0.2))
 batches = [np.asarray(jax.random.randint(jax.random.key(i), (2, 16), 0, 64)) for i in range(3)]
 quant = QuantConfig("v4-k16-16", kmeans_iters=5, rounds=1, mode="sequential")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background jobs inherit that it is ignored.
 replace, pause_at, renamed = os.replace, int(sys.argv[2]), 0
 
 def pausing_replace(source, target):
