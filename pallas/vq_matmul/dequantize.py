@@ -111,23 +111,22 @@ def transposed_weight(
     """
     layout = plan.grid.layout
     width = -(-layout.out_features // 8) * 8
-    extra = [column_scale, *(array for array in (columns, offset) if array is not None)]
+    operands = Operands(
+        [words],
+        [tables],
+        columns=[] if columns is None else [columns],
+        column_scales=[column_scale],
+        offsets=[] if offset is None else [offset],
+    )
+    arrays, structure = jax.tree.flatten(operands)
 
     def emit(pointers: list[Pointer], shared: Int) -> None:
-        words, *arrays, output = pointers
-        books, (scale, *rest) = arrays[: len(tables)], arrays[len(tables) :]
-        _Decoder(
-            plan,
-            Emitter(plan, Operands([words], [books]), [output], shared),
-            width,
-            scale,
-            columns=None if columns is None else rest[0],
-            offset=None if offset is None else rest[-1],
-        ).run()
+        *places, output = pointers
+        _Decoder(plan, Emitter(plan, jax.tree.unflatten(structure, places), [output], shared), width).run()
 
     return launch(
         emit,
-        [words, *tables, *extra],
+        arrays,
         jax.ShapeDtypeStruct((layout.in_features, width), tables[0].dtype),
         blocks=plan.blocks,
         warps=plan.warps,
@@ -136,17 +135,8 @@ def transposed_weight(
 
 
 class _Decoder:
-    def __init__(
-        self,
-        plan: DecodePlan,
-        emitter: Emitter,
-        width: int,
-        scale: Pointer,
-        columns: Pointer | None,
-        offset: Pointer | None,
-    ):
+    def __init__(self, plan: DecodePlan, emitter: Emitter, width: int):
         self.plan, self.emitter, self.width = plan, emitter, width
-        self.scale, self.columns, self.offset = scale, columns, offset
         self.team = emitter.warp // plan.config.team
         self.team_warp = emitter.warp % plan.config.team
         self.team_thread = (self.team_warp << 5) + emitter.lane
@@ -160,16 +150,14 @@ class _Decoder:
 
     def run(self) -> None:
         plan, emitter = self.plan, self.emitter
-        first = emitter.block * plan.total // plan.blocks
-        stop = (emitter.block + 1) * plan.total // plan.blocks
-        start = Slab(emitter, first)
+        start = Slab(emitter, emitter.first)
         unit = self._load(start)
         emitter.load_tables(start)
         several = plan.grid.layout.num_groups > 1
 
         def body(index: Int, carry: list) -> list:
             slab = Slab(emitter, index)
-            following = self._load(Slab(emitter, (index + 1).minimum(stop - 1)))
+            following = self._load(Slab(emitter, (index + 1).minimum(emitter.stop - 1)))
             group = []
             if several:
                 group = [slab.group]
@@ -179,15 +167,18 @@ class _Decoder:
             self._unit(slab, [Int(value) for value in carry[: len(following)]])
             return [value.value for value in following + group]
 
-        ptx.loop(first, stop, [value.value for value in unit + ([start.group] if several else [])], body)
+        carry = unit + ([start.group] if several else [])
+        ptx.loop(emitter.first, emitter.stop, [value.value for value in carry], body)
 
     def _load(self, slab: Slab) -> list[Int]:
         """A unit's words; then, for the thread's column of every step, its original index; then their scales."""
         places = [self._kernel_column(slab, step) for step in range(self.plan.order.steps)]
         indices = places
-        if self.columns is not None:
-            indices = [ptx.load_cached(self.columns.at(place, 4), 1)[0] for place in places]
-        scales = [ptx.load_cached(self.scale.at(place, 4), 1)[0] for place in places]
+        if self.emitter.operands.columns:
+            columns = self.emitter.operands.columns[0]
+            indices = [ptx.load_cached(columns.at(place, 4), 1)[0] for place in places]
+        scale = self.emitter.operands.column_scales[0]
+        scales = [ptx.load_cached(scale.at(place, 4), 1)[0] for place in places]
         return self.emitter.load_words(slab) + indices + scales
 
     def _kernel_column(self, slab: Slab, step: int) -> Int:
@@ -216,9 +207,9 @@ class _Decoder:
         ptx.named_barrier(self.team + 1, 32 * self.plan.config.team)
 
     def _offset(self, index: Int) -> Any:
-        if self.offset is None:
+        if not self.emitter.operands.offsets:
             return ptx.float_constant(0.0)
-        return ptx.as_float(ptx.load_cached(self.offset.at(index, 4), 1)[0])
+        return ptx.as_float(ptx.load_cached(self.emitter.operands.offsets[0].at(index, 4), 1)[0])
 
     def _target(self, slab: Slab, step: int, index: Int) -> Int:
         """The row of the result that a column goes to."""

@@ -33,8 +33,8 @@ class Operands(NamedTuple):
         words: packed indices, uint32 [G, row units, column units, words].
         tables: main and, if there is one, residual table [G, k, 8 or 16].
         x: the activations [m, in], if the plan stages them or wants offsets.
-        columns: original column of each kernel column, int32, if the plan stages x; empty for the identity.
-        column_scales: of each kernel column, float32, if the plan stages x.
+        columns: original column of each kernel column, int32, if the plan stages x or decodes; empty for the identity.
+        column_scales: of each kernel column, float32, if the plan stages x or decodes.
         runs: the activations by runs of 32 kernel columns [runs, m, 32], if the plan does not stage x.
         offsets: float32 [in], if the plan wants them.
     """

@@ -252,14 +252,20 @@ def kernel_columns(x: Float[Array, "m in"], kernel: KernelArray) -> Float[Array,
     return (gathered.astype(jnp.float32) * kernel.column_scale).astype(kernel.table.dtype)
 
 
+def _outliers(kernel: KernelArray) -> tuple[Int[Array, " o"], Float[Array, "n o d"]]:
+    """The outlier columns' indices, and their vectors before scale and offset."""
+    assert kernel.outlier_indices is not None
+    assert kernel.outlier_codebook is not None
+    size = kernel.layout.outlier_size
+    columns = jnp.arange(size) if kernel.perm is None else kernel.perm[:size]
+    return columns, kernel.outlier_codebook[kernel.outlier_indices]
+
+
 def outlier_weight(kernel: KernelArray) -> tuple[Int[Array, " o"], Float[Array, "o out"]]:
     """The outlier columns' indices and float32 weights, offset included."""
     layout = kernel.layout
-    assert kernel.outlier_indices is not None
-    assert kernel.outlier_codebook is not None
-    columns = jnp.arange(layout.outlier_size) if kernel.perm is None else kernel.perm[: layout.outlier_size]
-    vectors = kernel.outlier_codebook[kernel.outlier_indices].astype(jnp.float32)
-    values = vectors.transpose(1, 0, 2).reshape(layout.outlier_size, -1)[:, : layout.out_features]
+    columns, vectors = _outliers(kernel)
+    values = vectors.astype(jnp.float32).transpose(1, 0, 2).reshape(layout.outlier_size, -1)[:, : layout.out_features]
     if kernel.scale is not None:
         values = values * kernel.scale[columns, None].astype(jnp.float32)
     if kernel.centred_offset is not None:
@@ -270,14 +276,10 @@ def outlier_weight(kernel: KernelArray) -> tuple[Int[Array, " o"], Float[Array, 
 def outlier_product(x: Float[Array, "m in"], kernel: KernelArray) -> Float[Array, "m out"]:
     """The outlier columns' share of the product, float32."""
     layout = kernel.layout
-    assert kernel.outlier_indices is not None
-    assert kernel.outlier_codebook is not None
-    take = slice(0, layout.outlier_size)
-    columns = jnp.arange(layout.outlier_size) if kernel.perm is None else kernel.perm[take]
+    columns, vectors = _outliers(kernel)
     gathered = x[:, columns].astype(jnp.float32)
     if kernel.scale is not None:
         gathered = gathered * kernel.scale[columns].astype(jnp.float32)
-    vectors = kernel.outlier_codebook[kernel.outlier_indices]
     product = jnp.einsum("mc,ncd->mnd", gathered.astype(vectors.dtype), vectors, preferred_element_type=jnp.float32)
     return product.reshape(x.shape[0], -1)[:, : layout.out_features]
 

@@ -103,8 +103,7 @@ def _fused(
 
 
 def _operands(plan: Plan, x: Float[Array, "m in"], weights: Sequence[KernelArray]) -> Operands:
-    tables = [[weight.table] if weight.res_table is None else [weight.table, weight.res_table] for weight in weights]
-    operands = Operands([weight.words for weight in weights], tables)
+    operands = Operands([weight.words for weight in weights], [_tables(weight) for weight in weights])
     if plan.stage_x or plan.offsets:
         operands = operands._replace(x=x)
     if plan.offsets:
@@ -115,6 +114,10 @@ def _operands(plan: Plan, x: Float[Array, "m in"], weights: Sequence[KernelArray
     return operands._replace(columns=columns, column_scales=[weight.column_scale for weight in weights])
 
 
+def _tables(weight: KernelArray) -> list[Array]:
+    return [weight.table] if weight.res_table is None else [weight.table, weight.res_table]
+
+
 def _added(terms: Float[Array, "terms *shape"]) -> Float[Array, "*shape"]:
     """The sum over the first axis, as additions: they join whatever reads it, a reduction is a launch of its own."""
     return functools.reduce(operator.add, list(terms)) if terms.shape[0] <= _UNROLLED else terms.sum(axis=0)
@@ -123,8 +126,9 @@ def _added(terms: Float[Array, "terms *shape"]) -> Float[Array, "*shape"]:
 def _decode_once(x: Float[Array, "m in"], weight: KernelArray, config: DecodeConfig | None = None) -> Array:
     """The dense product [m, out] with the weight written out in the dtype of its tables."""
     plan = make_decode_plan(weight, config)
-    tables = [weight.table] if weight.res_table is None else [weight.table, weight.res_table]
-    dense = transposed_weight(plan, weight.words, tables, weight.columns, weight.column_scale, weight.centred_offset)
+    dense = transposed_weight(
+        plan, weight.words, _tables(weight), weight.columns, weight.column_scale, weight.centred_offset
+    )
     if weight.outlier_indices is not None:
         columns, values = kernel_layout.outlier_weight(weight)
         padding = ((0, 0), (0, dense.shape[1] - weight.layout.out_features))
