@@ -98,8 +98,9 @@ def plan_hf(model: Decoder, dtype: Any = None) -> ExportPlan:
         dtype: of all parameters; None means the dtype of the model's activations.
     """
     target = check_dtype(dtype) or np.dtype(model.dtype)
-    unprepare(quantized_layers(model))
-    notes = [f"{len(quantized_layers(model))} quantized layers become dense"] if quantized_layers(model) else []
+    layers = quantized_layers(model)
+    unprepare(layers)
+    notes = [f"{len(layers)} quantized layers become dense"] if layers else []
     tensors = dict(_tensors(model, {}, target, ()))
     config = config_json(dataclasses.replace(model.config, dtype=target.name))
     return ExportPlan(tensors, config, list(_config_problems(model.config)), notes)

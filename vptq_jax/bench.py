@@ -214,8 +214,15 @@ def bench_quantize(
             seconds.append(time.perf_counter() - begin)
         first, second = seconds
         speed = out_features * in_features / second
-        row = {"spec": spec, "first_seconds": first, "seconds": second, "weights_per_second": speed}
-        rows.append(row | {"error": stats["error"]})
+        rows.append(
+            {
+                "spec": spec,
+                "first_seconds": first,
+                "seconds": second,
+                "weights_per_second": speed,
+                "error": stats["error"],
+            }
+        )
     return rows
 
 
