@@ -100,7 +100,7 @@ def transposed_weight(
     Args:
         plan: the division of the work.
         words: packed indices.
-        tables: main and, if there is one, residual table.
+        tables: main table and, if there are any, residual and tail table.
         columns: original column of each kernel column, or None for the identity.
         column_scale: of each kernel column.
         offset: of each original column, or None.

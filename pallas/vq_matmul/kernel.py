@@ -296,35 +296,50 @@ class Emitter:
     def _start_tables(self, slab: Slab) -> None:
         planes = self.plan.grid.planes
         for i, book in enumerate(self.books):
-            source = slab.of(self.tables[i]).at(slab.group, book.entries * planes * 16)
-            for plane in range(planes):
-                tail = self.plan.shared_tail and plane == 1
-                target = self.shared + book.planes[plane] + (8 * i if tail else 0)
-                if book.replicas == 1 and not tail:
-                    self._copy_pieces(target, source.offset(plane * 16), book.cached, planes * 16)
-                else:
-                    self._copy_through_registers(target, source.offset(plane * 16), book, 8 if tail else 16)
+            if self.plan.shared_tail:
+                self._copy_table(slab, i, book.planes[0], book.entries)
+            elif book.replicas == 1:
+                self._copy_planes(slab, i, book)
+            else:
+                source = slab.of(self.tables[i]).at(slab.group, book.entries * planes * 16)
+                for plane in range(planes):
+                    self._copy_replicas(self.shared + book.planes[plane], source.offset(plane * 16), book)
+        if self.plan.shared_tail:
+            self._copy_table(slab, -1, self.books[0].planes[1], max(book.entries for book in self.books))
         ptx.commit_copies()
+
+    def _copy_table(self, slab: Slab, i: int, target: int, rows: int) -> None:
+        """Starts the copy of a table with one plane, as it is."""
+        source = slab.of(self.tables[i]).at(slab.group, rows * 16)
+        self._copy_pieces(self.shared + target + self.thread * 16, source, rows)
 
     def _finish_tables(self) -> None:
         ptx.wait_copies(0)
         ptx.barrier()
 
-    def _copy_pieces(self, target: Int, source: Pointer, count: int, pitch: int) -> None:
-        """Starts copies of 16 bytes each, side by side from places `pitch` bytes apart."""
+    def _copy_planes(self, slab: Slab, i: int, book: Book) -> None:
+        """Starts the copy of the centroids that a book keeps; neighbouring threads take the planes of one."""
+        planes = self.plan.grid.planes
+        source = slab.of(self.tables[i]).at(slab.group, book.entries * planes * 16)
+        place, target = self.thread, self.shared + book.planes[0]
+        if planes == 2:
+            place = self.thread >> 1
+            target = target + (self.thread & 1) * (book.planes[1] - book.planes[0])
+        self._copy_pieces(target + place * 16, source, book.cached * planes, planes)
+
+    def _copy_pieces(self, target: Int, source: Pointer, count: int, planes: int = 1) -> None:
+        """Starts copies of 16 bytes each from places side by side; `target` is that of the thread's first."""
         for start in range(0, count, self.threads):
             item = self.thread + start
             inside = None if start + self.threads <= count else item < count
-            ptx.copy_async(target + item * 16, source.at(item, pitch), 16, inside)
+            ptx.copy_async(target + start // planes * 16, source.at(item, 16), 16, inside)
 
-    def _copy_through_registers(self, target: Int, source: Pointer, book: Book, size: int) -> None:
-        """For copies that several threads take from one place, or of 8 bytes: asynchronous ones are slow at both."""
+    def _copy_replicas(self, target: Int, source: Pointer, book: Book) -> None:
+        """Through registers: asynchronous copies that several threads take from one place are slow."""
         copies = book.cached * book.replicas
         starts = range(0, copies, self.threads)
         items = [(self.thread + start).minimum(copies - 1) for start in starts]
-        rows = [
-            ptx.load_cached(source.at(item // book.replicas, self.plan.grid.planes * 16), size // 4) for item in items
-        ]
+        rows = [ptx.load_cached(source.at(item // book.replicas, self.plan.grid.planes * 16), 4) for item in items]
         for item, row in zip(items, rows, strict=True):  # A thread without an item repeats the last one.
             ptx.store_shared(target + item * 16, row)
 
@@ -374,7 +389,7 @@ class Emitter:
         """Starts the copy of x to shared memory, and loads all that staging it takes besides."""
         plan = self.plan
         pieces = [self._load_piece(start) for start in range(0, plan.staged_pieces, self.threads)]
-        self._copy_pieces(self.shared + plan.x_start, self.operands.x, plan.x_bytes // 16, 16)
+        self._copy_pieces(self.shared + plan.x_start + self.thread * 16, self.operands.x, plan.x_bytes // 16)
         return pieces
 
     def _load_piece(self, start: int) -> _Piece:

@@ -25,8 +25,12 @@ from jaxtyping import Array, Float, Int, UInt
 
 from vptq_jax.array import VQArray
 from vptq_jax.packing import pack_indices, unpack_indices
+from vptq_jax.pallas.ptx import SHARED_MEMORY_BYTES
 from vptq_jax.spec import VQLayout
 
+RESERVED_BYTES = 2048  # Of a block's shared memory, kept for the compiler's own use.
+ROW_BYTES = 16  # A centroid, or a plane of one: 8 values of 16 bits.
+_SCRATCH_BYTES = 26 * 1024  # The most that a kernel wants for other things than codebooks.
 _TARGET_UNITS = 2 * 132 * 16  # Units a large GPU wants: two for each of 16 warps on 132 processors.
 
 
@@ -115,14 +119,16 @@ class UnitGrid:
 class KernelArray:
     """A weight [out_features, in_features] in kernel order: what `VQArray` holds, ready for the GPU kernels.
 
-    It is made for inference: `table`, `res_table`, `column_scale` and `centred_offset` derive from
-    the codebooks, scale and offset at the time of `relayout`.
+    It is made for inference: tables, `column_scale` and `centred_offset` derive from the codebooks,
+    scale and offset at the time of `relayout`.
 
     Attributes:
         words: packed indices, uint32 [G, row units, column units, words of a unit].
         table: [G, k, 8 or 16], the codebook less its mean (where there is an offset to take the
             mean up), components padded with zeros.
         res_table: [G, k_r, 8 or 16], or None.
+        tail_table: [G, max(k, k_r), 8] where `shares_tail`: components 8 to 11 of both codebooks'
+            centroids, the main one's first; the other tables then hold components 0 to 7. Else None.
         columns: int32 [G * padded columns], original column of each kernel column, or None for the identity.
         column_scale: float32 [G * padded columns], zero in the padding.
         centred_offset: float32 [in_features], offset plus scale times codebook mean, or None.
@@ -134,6 +140,7 @@ class KernelArray:
     words: UInt[Array, "G rows columns words"]
     table: Float[Array, "G k p"]
     res_table: Float[Array, "G kr p"] | None
+    tail_table: Float[Array, "G kt 8"] | None
     columns: Int[Array, " n"] | None
     column_scale: Float[Array, " n"]
     centred_offset: Float[Array, " in"] | None
@@ -169,7 +176,8 @@ class KernelArray:
 
 
 _SHARED_FIELDS = ("codebook", "res_codebook", "outlier_indices", "outlier_codebook", "scale", "offset", "perm")
-KERNEL_FIELDS = ("words", "table", "res_table", "columns", "column_scale", "centred_offset", *_SHARED_FIELDS)
+_TABLES = ("table", "res_table", "tail_table")
+KERNEL_FIELDS = ("words", *_TABLES, "columns", "column_scale", "centred_offset", *_SHARED_FIELDS)
 
 jax.tree_util.register_dataclass(KernelArray, data_fields=list(KERNEL_FIELDS), meta_fields=["layout", "order"])
 
@@ -181,6 +189,19 @@ def unsupported(layout: VQLayout, dtype: Any) -> str | None:
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"the dtype is {jnp.dtype(dtype)}; the tensor cores take bfloat16 or float16"
     return None
+
+
+def shares_tail(layout: VQLayout) -> bool:
+    """Whether components 8.. of main and residual centroids share the rows of one table.
+
+    With 8 < v <= 12 both fit one row of 8 values. It is done where the codebooks fit shared memory
+    only so; the products of main and residual centroids then need sums of their own.
+    """
+    if not 8 < layout.vector_len <= 12 or not layout.num_res_centroids:
+        return False
+    sizes = (layout.num_centroids, layout.num_res_centroids)
+    free = SHARED_MEMORY_BYTES - RESERVED_BYTES - _SCRATCH_BYTES
+    return 2 * sum(sizes) * ROW_BYTES > free >= (sum(sizes) + max(sizes)) * ROW_BYTES
 
 
 def choose_order(layouts: Sequence[VQLayout]) -> Order:
@@ -224,8 +245,7 @@ def _relayout(weight: VQArray, order: Order, dtype: Any) -> KernelArray:
     shared = {field: getattr(weight, field) for field in _SHARED_FIELDS}
     return KernelArray(
         words=_pack_units(_to_streams(main, grid), None if residual is None else _to_streams(residual, grid), grid),
-        table=_table(weight.codebook, means, grid.planes, dtype),
-        res_table=None if weight.res_codebook is None else _table(weight.res_codebook, None, grid.planes, dtype),
+        **_tables(weight, means, grid.planes, dtype),
         columns=columns,
         column_scale=column_scale,
         centred_offset=None if means is None else _centred_offset(weight, means),
@@ -295,14 +315,23 @@ def _kernel_columns(weight: VQArray, grid: UnitGrid) -> tuple[Array | None, Arra
     return None if identity else jnp.pad(original, padding).reshape(-1), column_scale
 
 
-def _table(
-    codebook: Float[Array, "G k v"], means: Float[Array, " G"] | None, planes: int, dtype: Any
-) -> Float[Array, "G k p"]:
+def _tables(weight: VQArray, means: Float[Array, " G"] | None, planes: int, dtype: Any) -> dict[str, Array | None]:
+    main, residual = weight.codebook, weight.res_codebook
     # Centred values round less: where columns are stored as minimum and range, a codebook's mean
     # is several times its deviation.
     if means is not None:
-        codebook = codebook.astype(jnp.float32) - means[:, None, None]
-    return jnp.pad(codebook.astype(dtype), ((0, 0), (0, 0), (0, 8 * planes - codebook.shape[-1])))
+        main = main.astype(jnp.float32) - means[:, None, None]
+
+    def rows(codebook: Float[Array, "G k v"]) -> Float[Array, "G k p"]:
+        return jnp.pad(codebook.astype(dtype), ((0, 0), (0, 0), (0, 8 * planes - codebook.shape[-1])))
+
+    books = [rows(main)] if residual is None else [rows(main), rows(residual)]
+    tail = None
+    if shares_tail(weight.layout):
+        longest = max(book.shape[1] for book in books)
+        tails = [jnp.pad(book[..., 8:12], ((0, 0), (0, longest - book.shape[1]), (0, 0))) for book in books]
+        books, tail = [book[..., :8] for book in books], jnp.concatenate(tails, axis=-1)
+    return dict(zip(_TABLES, (books[0], None if residual is None else books[1], tail), strict=True))
 
 
 def _centred_offset(weight: VQArray, means: Float[Array, " G"]) -> Float[Array, " in"]:

@@ -115,7 +115,7 @@ def _operands(plan: Plan, x: Float[Array, "m in"], weights: Sequence[KernelArray
 
 
 def _tables(weight: KernelArray) -> list[Array]:
-    return [weight.table] if weight.res_table is None else [weight.table, weight.res_table]
+    return [table for table in (weight.table, weight.res_table, weight.tail_table) if table is not None]
 
 
 def _added(terms: Float[Array, "terms *shape"]) -> Float[Array, "*shape"]:

@@ -7,16 +7,14 @@ import math
 from typing import Literal
 
 from vptq_jax.pallas.ptx import SHARED_MEMORY_BYTES
-from vptq_jax.pallas.vq_matmul.layout import Order, UnitGrid
+from vptq_jax.pallas.vq_matmul.layout import RESERVED_BYTES, ROW_BYTES, Order, UnitGrid, shares_tail
 from vptq_jax.spec import VQLayout
 
 MAX_ROWS = 64
 MAX_STAGED_ROWS = 4  # Every block reads all of x: worth a launch for 1 row, slower for 8 (measured).
 MAX_ROWS_SHARED_TAIL = 32  # Twice the sums take twice the registers.
-_RESERVED_BYTES = 2048  # Kept for the compiler's own use of shared memory.
 PIECE_COLUMNS = 4  # Columns of which a thread loads index and scale at once.
 _THREAD_PIECES = 4  # Most pieces a thread holds in registers.
-_ROW_BYTES = 16  # A centroid, or a plane of one: 8 values of 16 bits.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,23 +193,12 @@ class Plan:
     @property
     def ring_bytes(self) -> int:
         """Shared memory for the centroids that come through L2, for each codebook that has some."""
-        return self.warps * self.order.entries * 32 * _ROW_BYTES
+        return self.warps * self.order.entries * 32 * ROW_BYTES
 
     @property
     def shared_tail(self) -> bool:
-        """Whether components 8.. of main and residual centroids share one table.
-
-        With v <= 12 both tails fit one 16-byte row: components 8-11 of the main codebook's entry,
-        then those of the residual codebook's entry. The two products then need sums of their own.
-        """
-        layout = self.grid.layout
-        if not 8 < layout.vector_len <= 12 or not layout.num_res_centroids:
-            return False
-        entries = layout.num_centroids + layout.num_res_centroids
-        most = SHARED_MEMORY_BYTES - _RESERVED_BYTES
-        tail = max(layout.num_centroids, layout.num_res_centroids)
-        sums = 16 * self.grid.unit_rows * self.tile_rows * 4
-        return (2 * entries * _ROW_BYTES + sums > most) and (entries + tail) * _ROW_BYTES + sums <= most
+        """Whether components 8.. of main and residual centroids share one table (`layout.shares_tail`)."""
+        return shares_tail(self.grid.layout)
 
     @property
     def added(self) -> bool:
@@ -230,11 +217,11 @@ class Plan:
         shifts = [0, layout.index_bits]
         offset = self.scratch_bytes
         if self.shared_tail:
-            tail = offset + sum(sizes) * _ROW_BYTES
-            heads = [offset, offset + sizes[0] * _ROW_BYTES]
+            tail = offset + sum(sizes) * ROW_BYTES
+            heads = [offset, offset + sizes[0] * ROW_BYTES]
             return tuple(Book(size, bits[i], shifts[i], size, 1, (heads[i], tail), 0) for i, size in enumerate(sizes))
-        free = SHARED_MEMORY_BYTES - _RESERVED_BYTES - offset
-        row = planes * _ROW_BYTES
+        free = SHARED_MEMORY_BYTES - RESERVED_BYTES - offset
+        row = planes * ROW_BYTES
         ring = self.ring_bytes
         resident = [size * row for size in sizes]
         streamed = [False] * len(sizes)
@@ -256,7 +243,7 @@ class Plan:
                 ):
                     free -= replicas * size * row
                     replicas *= 2
-            plane_bytes = cached * replicas * _ROW_BYTES
+            plane_bytes = cached * replicas * ROW_BYTES
             offsets = tuple(offset + plane * plane_bytes for plane in range(planes))
             offset += planes * plane_bytes
             books.append(Book(size, bits[i], shifts[i], cached, replicas, offsets, offset))
@@ -268,7 +255,7 @@ class Plan:
         """Byte offset in shared memory of the warps' sums for the offset."""
         if self.shared_tail:
             tail = max(book.entries for book in self.books)
-            return self.books[0].planes[1] + tail * _ROW_BYTES
+            return self.books[0].planes[1] + tail * ROW_BYTES
         last = self.books[-1]
         return last.ring + (self.ring_bytes if last.streamed else 0)
 
@@ -312,7 +299,7 @@ class Plan:
             and self.rows <= MAX_STAGED_ROWS
             and self.grid.layout.in_features % 8 == 0
             and self.staged_pieces <= _THREAD_PIECES * self.warps * 32
-            and self._staged_end <= SHARED_MEMORY_BYTES - _RESERVED_BYTES
+            and self._staged_end <= SHARED_MEMORY_BYTES - RESERVED_BYTES
         )
 
     @property
