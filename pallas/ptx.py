@@ -427,6 +427,11 @@ def exp2(value: ir.Value) -> ir.Value:
     return _asm([_f32()], [value], "ex2.approx.f32 $0,$1;", "=f,f", pure=True)[0]
 
 
+def inverse_sqrt(value: ir.Value) -> ir.Value:
+    """One over the square root of a float32, about 22 bits."""
+    return _asm([_f32()], [value], "rsqrt.approx.f32 $0,$1;", "=f,f", pure=True)[0]
+
+
 def maximum(first: ir.Value, second: ir.Value) -> ir.Value:
     """The greater of two float32."""
     return _asm([_f32()], [first, second], "max.f32 $0,$1,$2;", "=f,f,f", pure=True)[0]

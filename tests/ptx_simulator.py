@@ -310,6 +310,9 @@ class _Machine:
     def as_float(self, value):
         return np.ascontiguousarray(value.value).view(np.float32)
 
+    def inverse_sqrt(self, value):
+        return np.float32(1) / np.sqrt(value)
+
     def add(self, first, second):
         return np.float32(first + second)
 

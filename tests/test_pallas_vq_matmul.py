@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pallas_cases import CASES, float64_product, random_weight, relative_error
 
 from vptq_jax.pallas.vq_matmul import (
+    RMS,
     api,
     choose_order,
     layout,
@@ -287,6 +288,35 @@ def test_simulated_staging_changes_nothing(simulator, spec, outs, in_features, b
         )
 
 
+@pytest.mark.parametrize(
+    ("spec", "outs", "in_features", "rows", "in_kernel"),
+    [
+        ("v8-k256-256", (130,), 328, 1, True),
+        ("v8-k256-256", (40,), 4104, 3, True),  # Several pieces of x for a thread.
+        ("v12-k4096-4096", (50, 200), 1032, 1, True),
+        ("v8-k256-16-g2-nonorm", (100, 40), 136, 3, True),
+        ("v12-k4096-4096", (100,), 4104, 3, False),  # Codebooks fill shared memory,
+        ("v8-k256-o1v4k256", (100,), 136, 1, False),  # XLA multiplies outliers,
+        ("v6-k4096", (100,), 130, 1, False),  # and permutes rows off 16 bytes.
+    ],
+)
+def test_simulated_kernel_normalizes(simulator, spec, outs, in_features, rows, in_kernel):
+    weights = [random_weight(spec, out, in_features, seed=out) for out in outs]
+    kernels = [relayout(weight, Order(2, 4)) for weight in weights]
+    x = 30 * _x(rows, in_features)
+    norm = RMS(jnp.asarray(np.random.default_rng(9).normal(1, 0.3, in_features), jnp.bfloat16), 0.5)
+    for config in (Config(blocks=1), Config(blocks=3)):
+        assert (mosaic.make_plan(kernels, rows, config, norm).norm_eps is not None) == in_kernel
+        for product, weight in zip(mosaic.matmul(x, kernels, config, norm=norm), weights, strict=True):
+            assert relative_error(product, _normalized_product(x, norm, weight)) <= TOLERANCE[jnp.bfloat16]
+
+
+def _normalized_product(x, norm, weight):
+    x = np.asarray(x, np.float64)
+    x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + norm.eps) * np.asarray(norm.weight, np.float64)
+    return float64_product(x, weight)
+
+
 # --- the api ------------------------------------------------------------------------------------
 
 
@@ -305,6 +335,18 @@ def test_several_weights_and_leading_axes():
     first, second = vq_matmuls(x, weights)
     assert first.shape == (2, 3, 40)
     np.testing.assert_array_equal(second, vq_matmul(x, weights[1]))
+
+
+def test_norm_comes_first():
+    weights = [random_weight("v8-k16", out, 96, seed=out) for out in (40, 24)]
+    x, norm = _x(6, 96), RMS(_x(1, 96)[0], 1e-5)
+    for implementation in (None, "xla"):
+        for found, weight in zip(
+            vq_matmuls(x, weights, norm=norm, implementation=implementation), weights, strict=True
+        ):
+            assert relative_error(found, _normalized_product(x, norm, weight)) <= 6e-3  # x is rounded once more.
+    with pytest.raises(ValueError, match=r"norm.weight has shape \(95,\); expected in_features = 96"):
+        vq_matmuls(x, weights, norm=RMS(norm.weight[1:], 1e-5))
 
 
 def test_no_rows():
@@ -344,8 +386,9 @@ def test_the_choice_is_logged_once(caplog):
 def stand_in(monkeypatch):
     """The kernel path of the api with the reference in the kernel's place."""
 
-    def matmul(x, weights):
+    def matmul(x, weights, norm=None):
         assert x.ndim == 2
+        x = x if norm is None else norm(x)
         return tuple(x.astype(jnp.float32) @ restore(weight).dequantize().T for weight in weights)
 
     monkeypatch.setattr(mosaic, "matmul", matmul)
@@ -372,10 +415,28 @@ def test_derivatives_are_those_of_the_reference(stand_in):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
+def test_derivatives_through_the_norm(stand_in):
+    weights = [random_weight("v4-k16-8", out, 34, seed=out) for out in (20, 12)]
+    order = choose_order([weight.layout for weight in weights])
+    kernels = [relayout(weight, order) for weight in weights]
+    x, norm = _x(3, 34, jnp.float32), RMS(_x(1, 34, jnp.float32)[0], 1e-5)
+
+    def loss(x, norm, weights, implementation):
+        products = vq_matmuls(x, weights, norm=norm, implementation=implementation)
+        return sum(jnp.sum(jnp.sin(product)) for product in products)
+
+    expected = jax.grad(loss, (0, 1))(x, norm, weights, "xla")
+    found = jax.grad(loss, (0, 1))(x, norm, kernels, None)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
 def test_vmap_over_x_adds_rows(stand_in):
     kernel = relayout(random_weight("v8-k16", 40, 96))
-    x = _x(12, 96).reshape(3, 4, 96)
+    x, norm = _x(12, 96).reshape(3, 4, 96), RMS(_x(1, 96)[0], 1e-5)
     np.testing.assert_array_equal(jax.vmap(lambda x: vq_matmul(x, kernel))(x), vq_matmul(x, kernel))
+    np.testing.assert_array_equal(
+        jax.vmap(lambda x: vq_matmuls(x, [kernel], norm=norm)[0])(x), vq_matmuls(x, [kernel], norm=norm)[0]
+    )
 
 
 def test_vmap_over_weights(stand_in):
@@ -383,8 +444,12 @@ def test_vmap_over_weights(stand_in):
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *kernels)
     x = _x(4, 96)
     batched = jax.vmap(vq_matmul, in_axes=(None, 0))(x, stacked)
+    norms = RMS(_x(2, 96), 1e-5)
+    normalized = jax.vmap(lambda norm, weight: vq_matmuls(x, [weight], norm=norm)[0])(norms, stacked)
     for i, kernel in enumerate(kernels):
         np.testing.assert_array_equal(batched[i], vq_matmul(x, kernel))
+        norm = RMS(norms.weight[i], 1e-5)
+        np.testing.assert_array_equal(normalized[i], vq_matmuls(x, [kernel], norm=norm)[0])
 
 
 def test_inside_while_loop(stand_in):
@@ -449,6 +514,20 @@ def test_kernel_of_several_weights(groups):
     products = vq_matmuls(x, [relayout(weight, order) for weight in weights])
     for product, weight in zip(products, weights, strict=True):
         assert relative_error(product, float64_product(x, weight)) <= 4e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ["v8-k256-256", "v12-k4096-4096", "v8-k65536-256", "v8-k256-256-g2-o1v4k256"])
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_kernel_normalizes(spec, rows):
+    weights = [random_weight(spec, out, 520, seed=out) for out in (384, 200)]
+    order = choose_order([weight.layout for weight in weights])
+    x, norm = 30 * _x(rows, 520), RMS(1 + 0.3 * _x(1, 520)[0], 0.5)
+    products = jax.jit(lambda x, w, norm: vq_matmuls(x, w, norm=norm))
+    _poison()
+    kernels = [relayout(weight, order) for weight in weights]
+    for product, weight in zip(products(x, kernels, norm), weights, strict=True):
+        assert relative_error(product, _normalized_product(x, norm, weight)) <= 4e-3
 
 
 @pytest.mark.gpu

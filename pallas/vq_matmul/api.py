@@ -17,6 +17,7 @@ from vptq_jax.array import VQArray
 from vptq_jax.pallas import device
 from vptq_jax.pallas.vq_matmul import layout, mosaic, reference
 from vptq_jax.pallas.vq_matmul.layout import KernelArray
+from vptq_jax.pallas.vq_matmul.norm import RMS
 
 Implementation = Literal["xla", "mosaic"]
 Weight: TypeAlias = VQArray | KernelArray
@@ -47,15 +48,22 @@ def vq_matmul(
 
 
 def vq_matmuls(
-    x: Float[Array, "*batch in"], weights: Sequence[Weight], *, implementation: Implementation | None = None
+    x: Float[Array, "*batch in"],
+    weights: Sequence[Weight],
+    *,
+    norm: RMS | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "*batch out"], ...]:
     """`vq_matmul` of one x with several weights (q/k/v, gate/up): one kernel launch where they are alike.
 
-    Args, returns and errors are those of `vq_matmul`. Weights are alike when they share spec, in_features
-    and kernel order.
+    Args, returns and errors are those of `vq_matmul`, and `norm`, which is applied to x first: by the
+    kernel itself where it stages x (few rows). Weights are alike when they share spec, in_features and
+    kernel order.
     """
     for weight in weights:
         _check(x, weight)
+    if norm is not None and norm.weight.shape != x.shape[-1:]:
+        raise ValueError(f"norm.weight has shape {norm.weight.shape}; expected in_features = {x.shape[-1]}")
     if implementation not in (None, "xla", "mosaic"):
         raise NotImplementedError(f"implementation {implementation!r} does not exist; choose None, 'xla' or 'mosaic'")
     rows = math.prod(x.shape[:-1])
@@ -67,13 +75,14 @@ def vq_matmuls(
         prepared = [
             weight if isinstance(weight, KernelArray) else layout.relayout(weight, dtype=x.dtype) for weight in weights
         ]
-        return _matmuls(x, prepared)
+        return _matmuls(x, prepared, norm)
     in_kernel_order = [weight for weight in weights if isinstance(weight, KernelArray)]
     if implementation is None and not reason and len(in_kernel_order) == len(weights):
         _log_choice("mosaic", "the weight is in kernel order and the device runs the kernels")
-        return _matmuls(x, in_kernel_order)
+        return _matmuls(x, in_kernel_order, norm)
     if implementation is None:
         _log_choice("xla", reason or "the weight is in checkpoint order")
+    x = x if norm is None else norm(x)
     return tuple(_reference(x, weight) for weight in weights)
 
 
@@ -100,66 +109,70 @@ def _log_choice(implementation: str, reason: str) -> None:
     _logger.info("vq_matmul runs as %r: %s", implementation, reason)
 
 
-def _in_kernel_order(weight: Weight, dtype: Any) -> KernelArray:
-    return weight if isinstance(weight, KernelArray) else layout.relayout(weight, dtype=dtype)
-
-
 def _reference(x: Array, weight: Weight) -> Array:
     return reference.vq_matmul(x, layout.restore(weight) if isinstance(weight, KernelArray) else weight)
 
 
-def _matmuls(x: Array, weights: Sequence[KernelArray]) -> tuple[Array, ...]:
+def _matmuls(x: Array, weights: Sequence[KernelArray], norm: RMS | None = None) -> tuple[Array, ...]:
     flat = x.reshape(-1, x.shape[-1])
     floats = tuple(tuple(getattr(weight, name) for name in _FLOATS) for weight in weights)
     if mosaic.one_launch(weights):
-        products = _differentiable(flat, floats, tuple(weights))
+        products = _differentiable(flat, norm, floats, tuple(weights))
     else:
-        products = tuple(_differentiable(flat, floats[i : i + 1], (weight,))[0] for i, weight in enumerate(weights))
+        flat = flat if norm is None else norm(flat)
+        products = tuple(
+            _differentiable(flat, None, floats[i : i + 1], (weight,))[0] for i, weight in enumerate(weights)
+        )
     return tuple(product.reshape(*x.shape[:-1], -1) for product in products)
 
 
 @jax.custom_vjp
-def _differentiable(x: Array, floats: Any, weights: tuple[KernelArray, ...]) -> tuple[Array, ...]:
+def _differentiable(x: Array, norm: RMS | None, floats: Any, weights: tuple[KernelArray, ...]) -> tuple[Array, ...]:
     """The kernel's product; `floats` are the parameters among the leaves of `weights`, named for the derivative."""
-    return _batchable(x, weights)
+    return _batchable(x, norm, weights)
 
 
-def _forward(x: Array, floats: Any, weights: tuple[KernelArray, ...]) -> tuple[tuple[Array, ...], Any]:
-    return _batchable(x, weights), (x, floats, weights)
+def _forward(
+    x: Array, norm: RMS | None, floats: Any, weights: tuple[KernelArray, ...]
+) -> tuple[tuple[Array, ...], Any]:
+    return _batchable(x, norm, weights), (x, norm, floats, weights)
 
 
-def _backward(residuals: Any, cotangents: tuple[Array, ...]) -> tuple[Array, Any, None]:
-    x, floats, weights = residuals
+def _backward(residuals: Any, cotangents: tuple[Array, ...]) -> tuple[Array, Any, Any, None]:
+    x, norm, floats, weights = residuals
 
-    def products(x: Array, floats: Any) -> tuple[Array, ...]:
+    def products(x: Array, norm: RMS | None, floats: Any) -> tuple[Array, ...]:
+        x = x if norm is None else norm(x)
         return tuple(
             _reference(x, dataclasses.replace(weight, **dict(zip(_FLOATS, values, strict=True))))
             for weight, values in zip(weights, floats, strict=True)
         )
 
-    return *jax.vjp(products, x, floats)[1](cotangents), None
+    return *jax.vjp(products, x, norm, floats)[1](cotangents), None
 
 
 _differentiable.defvjp(_forward, _backward)
 
 
 @jax.custom_batching.custom_vmap
-def _batchable(x: Array, weights: tuple[KernelArray, ...]) -> tuple[Array, ...]:
-    return tuple(product.astype(x.dtype) for product in mosaic.matmul(x, weights))
+def _batchable(x: Array, norm: RMS | None, weights: tuple[KernelArray, ...]) -> tuple[Array, ...]:
+    return tuple(product.astype(x.dtype) for product in mosaic.matmul(x, weights, norm=norm))
 
 
 @_batchable.def_vmap
-def _batched(size: int, in_batched: Any, x: Array, weights: tuple[KernelArray, ...]) -> tuple[Any, Any]:
-    x_batched, weights_batched = in_batched
+def _batched(
+    size: int, in_batched: Any, x: Array, norm: RMS | None, weights: tuple[KernelArray, ...]
+) -> tuple[Any, Any]:
+    x_batched, *others_batched = in_batched
     outputs = (True,) * len(weights)
-    if not any(jax.tree.leaves(weights_batched)):
-        products = _batchable(x.reshape(-1, x.shape[-1]), weights)
+    if not any(jax.tree.leaves(others_batched)):
+        products = _batchable(x.reshape(-1, x.shape[-1]), norm, weights)
         return tuple(product.reshape(size, x.shape[1], -1) for product in products), outputs
 
     def one(i: Array) -> tuple[Array, ...]:
         def take(leaf: Array, batched: bool) -> Array:
             return leaf[i] if batched else leaf
 
-        return _batchable(take(x, x_batched), jax.tree.map(take, weights, weights_batched))
+        return _batchable(take(x, x_batched), *jax.tree.map(take, [norm, weights], others_batched))
 
     return jax.lax.map(one, jnp.arange(size)), outputs

@@ -11,6 +11,7 @@ ahead of their use.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -31,8 +32,9 @@ class Operands(NamedTuple):
 
     Attributes:
         words: packed indices, uint32 [G, row units, column units, words].
-        tables: main and, if there is one, residual table [G, k, 8 or 16].
+        tables: main and, if there are any, residual and tail table, [G, k, 8 or 16].
         x: the activations [m, in], if the plan stages them or wants offsets.
+        norm: the weight [in] of the normalization, in the dtype of x, if the plan normalizes.
         columns: original column of each kernel column, int32, if the plan stages x or decodes; empty for the identity.
         column_scales: of each kernel column, float32, if the plan stages x or decodes.
         runs: the activations by runs of 32 kernel columns [runs, m, 32], if the plan does not stage x.
@@ -42,6 +44,7 @@ class Operands(NamedTuple):
     words: Sequence[Any]
     tables: Sequence[Sequence[Any]]
     x: Any = None
+    norm: Any = None
     columns: Sequence[Any] = ()
     column_scales: Sequence[Any] = ()
     runs: Sequence[Any] = ()
@@ -52,6 +55,8 @@ def partial_products(
     plan: Plan, operands: Operands
 ) -> tuple[Float[Array, "slots m out"], Float[Array, "weights chunks m"] | None]:
     """Partial sums of `x @ w.T` for the weights of a plan, side by side, and of x times their offsets.
+
+    x is normalized first if the plan says so.
 
     The product is the sum over slots plus, for each weight, the sum over chunks.
     """
@@ -183,10 +188,11 @@ class Emitter:
         if share is not None:
             self._reduce_offset_share(share)
         self._finish_tables()
+        inverse_rms = [] if plan.norm_eps is None else self._inverse_rms(plan.norm_eps)
         if share is not None:
-            self._store_offset_shares()
+            self._store_offset_shares(inverse_rms)
         if plan.stage_x:
-            self._stage(pieces)
+            self._stage(pieces, inverse_rms)
             ptx.barrier()
         if any(book.streamed for book in self.books):
             self._start_unit(start, units[0], ptx.constant(0) < 1)
@@ -225,8 +231,37 @@ class Emitter:
     def _offset_shares(self) -> int:
         return self.plan.offset_chunks * len(self.plan.layouts)
 
+    def _inverse_rms(self, eps: float) -> list:
+        """1 / rms of every row of x, which lies in shared memory."""
+        plan, rows = self.plan, range(self.plan.rows)
+        count = plan.grid.layout.in_features // 8
+        totals = [ptx.float_constant(0.0)] * plan.rows
+        for start in range(0, count, self.threads):
+            piece = (self.thread + start).minimum(count - 1)
+            for row in rows:
+                total = totals[row]
+                for word in ptx.load_shared(self.shared + plan.x_start + (piece + row * count) * 16, 4):
+                    for value in ptx.unpack(word, plan.kind):
+                        total = ptx.multiply_add(value, value, total)
+                inside = None if start + self.threads <= count else self.thread + start < count
+                totals[row] = total if inside is None else ptx.select(inside, total, totals[row])
+        for row in rows:
+            for mask in (16, 8, 4, 2, 1):
+                totals[row] = ptx.add(totals[row], ptx.shuffle_xor(totals[row], mask))
+        with ptx.when(self.lane < 1):  # The sums of the product take this memory later.
+            for row in rows:
+                ptx.store_shared_float(self.shared + (self.warp + row * plan.warps) * 4, totals[row])
+        ptx.barrier()
+        inverse = []
+        for row in rows:
+            words = [ptx.load_shared(self.shared + (row * plan.warps + i) * 4, 4) for i in range(0, plan.warps, 4)]
+            total = functools.reduce(ptx.add, [ptx.as_float(word) for part in words for word in part])
+            mean = ptx.multiply(total, ptx.float_constant(1 / plan.grid.layout.in_features))
+            inverse.append(ptx.inverse_sqrt(ptx.add(mean, ptx.float_constant(eps))))
+        return inverse
+
     def _load_offset_share(self, share: Int) -> tuple[list, list[Int]]:
-        """Two columns of a weight's offset, and of every row of x, for each thread."""
+        """Two columns of a weight's offset, times the norm's weight, and of every row of x, for each thread."""
         plan, columns = self.plan, self.plan.grid.layout.in_features
         part = share // plan.offset_chunks
         column = (share - part * plan.offset_chunks) * plan.offset_columns + self.thread * 2
@@ -237,6 +272,9 @@ class Emitter:
         column = column.minimum(columns - 2)
         pair = [ptx.as_float(word) for word in ptx.load_cached(source.at(column, 4), 2)]
         x = [ptx.load_cached(self.operands.x.at(column + row * columns, 2), 1)[0] for row in range(plan.rows)]
+        if plan.norm_eps is not None:
+            factors = ptx.unpack(ptx.load_cached(self.operands.norm.at(column, 2), 1)[0], plan.kind)
+            pair = [ptx.multiply(value, factor) for value, factor in zip(pair, factors, strict=True)]
         return [ptx.select(inside, value, ptx.float_constant(0.0)) for value in pair], x
 
     def _reduce_offset_share(self, share: tuple[list, list[Int]]) -> None:
@@ -253,24 +291,26 @@ class Emitter:
     def _offset_place(self, row: Int | int, warp: Int | int) -> Int:
         return self.shared + self.plan.offset_start + (warp + row * self.plan.warps) * 4
 
-    def _store_offset_shares(self) -> None:
+    def _store_offset_shares(self, inverse_rms: list) -> None:
         """Writes this block's first share, then computes and writes the others, if shares outnumber blocks."""
         shares, blocks = self._offset_shares, self.plan.blocks
         with ptx.when(self.block < shares):
-            self._store_offset_share(self.block)
+            self._store_offset_share(self.block, inverse_rms)
         for first in range(blocks, shares, blocks):
             share = self.block + first
             with ptx.when(share < shares):
                 ptx.barrier()
                 self._reduce_offset_share(self._load_offset_share(share))
                 ptx.barrier()
-                self._store_offset_share(share)
+                self._store_offset_share(share, inverse_rms)
 
-    def _store_offset_share(self, share: Int) -> None:
+    def _store_offset_share(self, share: Int, inverse_rms: list) -> None:
         with ptx.when(self.thread < self.plan.rows):
             total = ptx.load_shared_float(self._offset_place(self.thread, 0))
             for warp in range(1, self.plan.warps):
                 total = ptx.add(total, ptx.load_shared_float(self._offset_place(self.thread, warp)))
+            for row, inverse in enumerate(inverse_rms):
+                total = ptx.select(self.thread.equals(row), ptx.multiply(total, inverse), total)
             ptx.store_global_float(self.outputs[1].at(share * self.plan.rows + self.thread, 4), total)
 
     def _units_ahead(self) -> int:
@@ -390,6 +430,9 @@ class Emitter:
         plan = self.plan
         pieces = [self._load_piece(start) for start in range(0, plan.staged_pieces, self.threads)]
         self._copy_pieces(self.shared + plan.x_start + self.thread * 16, self.operands.x, plan.x_bytes // 16)
+        if plan.norm_eps is not None:
+            pieces_of_norm = plan.grid.layout.in_features // 8
+            self._copy_pieces(self.shared + plan.norm_start + self.thread * 16, self.operands.norm, pieces_of_norm)
         return pieces
 
     def _load_piece(self, start: int) -> _Piece:
@@ -414,24 +457,28 @@ class Emitter:
             self._inside(slab),
         )
 
-    def _stage(self, pieces: list[_Piece]) -> None:
+    def _stage(self, pieces: list[_Piece], inverse_rms: list) -> None:
         """Writes the activations of the block's slabs to shared memory, by runs of 32 kernel columns."""
-        rows = range(self.plan.rows)
+        plan, rows = self.plan, range(self.plan.rows)
+        pitch = plan.grid.layout.in_features * 2
         for piece in pieces:
-            places = [self.shared + self.plan.x_start + column * 2 for column in piece.columns]
-            pitch = self.plan.grid.layout.in_features * 2
-            x = [[ptx.load_shared_half(place + row * pitch) for place in places] for row in rows]
+            places = [self.shared + plan.x_start + column * 2 for column in piece.columns]
+            x = [self._load_columns(places, row * pitch) for row in rows]
+            scales = piece.scales
+            if inverse_rms:
+                norm = self._load_columns(places, plan.norm_start - plan.x_start)
+                scales = [ptx.multiply(scale, factor) for scale, factor in zip(scales, norm, strict=True)]
             for row in rows:
-                ptx.store_shared(piece.target + row * 64, self._scaled(x[row], piece))
+                factors = [ptx.multiply(scale, inverse_rms[row]) for scale in scales] if inverse_rms else scales
+                values = [ptx.multiply(value, factor) for value, factor in zip(x[row], factors, strict=True)]
+                words = [ptx.pack(values[i], values[i + 1], plan.kind) for i in range(0, len(values), 2)]
+                ptx.store_shared(piece.target + row * 64, self._cleared(words, piece.valid))
 
-    def _scaled(self, x: list[Int], piece: _Piece) -> list[Int]:
-        """16-bit activations times the scales of their columns, two in a word."""
-        words = []
-        for i in range(0, len(x), 2):
-            pair = ptx.unpack(x[i] | x[i + 1] << 16, self.plan.kind)
-            low, high = (ptx.multiply(value, scale) for value, scale in zip(pair, piece.scales[i : i + 2], strict=True))
-            words.append(ptx.pack(low, high, self.plan.kind))
-        return self._cleared(words, piece.valid)
+    def _load_columns(self, places: list[Int], offset: int) -> list:
+        """The 16-bit floats in shared memory at these places, `offset` bytes further, as float32."""
+        halves = [ptx.load_shared_half(place + offset) for place in places]
+        pairs = [ptx.unpack(halves[i] | halves[i + 1] << 16, self.plan.kind) for i in range(0, len(halves), 2)]
+        return [value for pair in pairs for value in pair]
 
     def _inside(self, slab: Slab) -> Any:
         """Whether a slab's unit exists, None if it surely does."""

@@ -176,8 +176,16 @@ class KernelArray:
 
 
 _SHARED_FIELDS = ("codebook", "res_codebook", "outlier_indices", "outlier_codebook", "scale", "offset", "perm")
-_TABLES = ("table", "res_table", "tail_table")
-KERNEL_FIELDS = ("words", *_TABLES, "columns", "column_scale", "centred_offset", *_SHARED_FIELDS)
+KERNEL_FIELDS = (
+    "words",
+    "table",
+    "res_table",
+    "tail_table",
+    "columns",
+    "column_scale",
+    "centred_offset",
+    *_SHARED_FIELDS,
+)
 
 jax.tree_util.register_dataclass(KernelArray, data_fields=list(KERNEL_FIELDS), meta_fields=["layout", "order"])
 
@@ -242,10 +250,13 @@ def _relayout(weight: VQArray, order: Order, dtype: Any) -> KernelArray:
     main, residual = weight.unpack()
     means = None if weight.offset is None else weight.codebook.astype(jnp.float32).mean(axis=(1, 2))
     columns, column_scale = _kernel_columns(weight, grid)
+    table, res_table, tail_table = _tables(weight, means, grid.planes, dtype)
     shared = {field: getattr(weight, field) for field in _SHARED_FIELDS}
     return KernelArray(
         words=_pack_units(_to_streams(main, grid), None if residual is None else _to_streams(residual, grid), grid),
-        **_tables(weight, means, grid.planes, dtype),
+        table=table,
+        res_table=res_table,
+        tail_table=tail_table,
         columns=columns,
         column_scale=column_scale,
         centred_offset=None if means is None else _centred_offset(weight, means),
@@ -315,7 +326,9 @@ def _kernel_columns(weight: VQArray, grid: UnitGrid) -> tuple[Array | None, Arra
     return None if identity else jnp.pad(original, padding).reshape(-1), column_scale
 
 
-def _tables(weight: VQArray, means: Float[Array, " G"] | None, planes: int, dtype: Any) -> dict[str, Array | None]:
+def _tables(
+    weight: VQArray, means: Float[Array, " G"] | None, planes: int, dtype: Any
+) -> tuple[Array, Array | None, Array | None]:
     main, residual = weight.codebook, weight.res_codebook
     # Centred values round less: where columns are stored as minimum and range, a codebook's mean
     # is several times its deviation.
@@ -325,13 +338,14 @@ def _tables(weight: VQArray, means: Float[Array, " G"] | None, planes: int, dtyp
     def rows(codebook: Float[Array, "G k v"]) -> Float[Array, "G k p"]:
         return jnp.pad(codebook.astype(dtype), ((0, 0), (0, 0), (0, 8 * planes - codebook.shape[-1])))
 
-    books = [rows(main)] if residual is None else [rows(main), rows(residual)]
-    tail = None
-    if shares_tail(weight.layout):
-        longest = max(book.shape[1] for book in books)
-        tails = [jnp.pad(book[..., 8:12], ((0, 0), (0, longest - book.shape[1]), (0, 0))) for book in books]
-        books, tail = [book[..., :8] for book in books], jnp.concatenate(tails, axis=-1)
-    return dict(zip(_TABLES, (books[0], None if residual is None else books[1], tail), strict=True))
+    if residual is None:
+        return rows(main), None, None
+    books = [rows(main), rows(residual)]
+    if not shares_tail(weight.layout):
+        return books[0], books[1], None
+    longest = max(book.shape[1] for book in books)
+    tails = [jnp.pad(book[..., 8:12], ((0, 0), (0, longest - book.shape[1]), (0, 0))) for book in books]
+    return books[0][..., :8], books[1][..., :8], jnp.concatenate(tails, axis=-1)
 
 
 def _centred_offset(weight: VQArray, means: Float[Array, " G"]) -> Float[Array, " in"]:

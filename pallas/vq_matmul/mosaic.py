@@ -16,6 +16,7 @@ from vptq_jax.pallas.vq_matmul import layout as kernel_layout
 from vptq_jax.pallas.vq_matmul.dequantize import DecodeConfig, DecodePlan, transposed_weight
 from vptq_jax.pallas.vq_matmul.kernel import Operands, partial_products
 from vptq_jax.pallas.vq_matmul.layout import KernelArray
+from vptq_jax.pallas.vq_matmul.norm import RMS
 from vptq_jax.pallas.vq_matmul.plan import MAX_ROWS, MAX_ROWS_SHARED_TAIL, Config, Plan
 from vptq_jax.pallas.vq_matmul.tuning import tuned
 
@@ -39,10 +40,10 @@ def one_launch(weights: Sequence[KernelArray]) -> bool:
     return all(likeness(weight) == likeness(first) for weight in weights)
 
 
-def make_plan(weights: Sequence[KernelArray], rows: int, config: Config | None = None) -> Plan:
-    """The division of the work of one launch."""
+def make_plan(weights: Sequence[KernelArray], rows: int, config: Config | None = None, norm: RMS | None = None) -> Plan:
+    """The division of the work of one launch; it normalizes x itself (`Plan.norm_eps`) where it can."""
     first = weights[0]
-    return Plan(
+    plan = Plan(
         layouts=tuple(weight.layout for weight in weights),
         order=first.order,
         rows=rows,
@@ -51,6 +52,15 @@ def make_plan(weights: Sequence[KernelArray], rows: int, config: Config | None =
         # For more rows, and for pairs of columns that no aligned load reads, XLA multiplies the offset.
         offsets=first.centred_offset is not None and rows <= 8 and first.layout.in_features % 2 == 0,
     )
+    if norm is None or norm.weight.dtype != first.dtype:
+        return plan
+    # What XLA multiplies needs a normalized x.
+    outside = any(
+        weight.outlier_indices is not None or (weight.centred_offset is not None and not plan.offsets)
+        for weight in weights
+    )
+    normalizing = dataclasses.replace(plan, norm_eps=norm.eps)
+    return normalizing if normalizing.stage_x and not outside else plan
 
 
 def make_decode_plan(weight: KernelArray, config: DecodeConfig | None = None) -> DecodePlan:
@@ -65,27 +75,34 @@ def make_decode_plan(weight: KernelArray, config: DecodeConfig | None = None) ->
 
 
 def matmul(
-    x: Float[Array, "m in"], weights: Sequence[KernelArray], config: Config | None = None
+    x: Float[Array, "m in"],
+    weights: Sequence[KernelArray],
+    config: Config | None = None,
+    *,
+    norm: RMS | None = None,
 ) -> tuple[Float[Array, "m out"], ...]:
-    """`x @ w.T` for each weight: in one launch for few rows, through the decoded weight for many.
+    """`norm(x) @ w.T` for each weight: in one launch for few rows, through the decoded weight for many.
 
     The configuration may be a `DecodeConfig` for many rows; another one says nothing about them.
     """
     if x.shape[0] <= MAX_ROWS:
-        return _fused(x, weights, config)
+        return _fused(x, weights, config, norm)
+    x = x if norm is None else norm(x)
     decode_config = config if isinstance(config, DecodeConfig) else None
     return tuple(_decode_once(x, weight, decode_config) for weight in weights)
 
 
 def _fused(
-    x: Float[Array, "m in"], weights: Sequence[KernelArray], config: Config | None
+    x: Float[Array, "m in"], weights: Sequence[KernelArray], config: Config | None, norm: RMS | None
 ) -> tuple[Float[Array, "m out"], ...]:
-    plan = make_plan(weights, x.shape[0], config)
+    plan = make_plan(weights, x.shape[0], config, norm)
+    if norm is not None and plan.norm_eps is None:
+        x, norm = norm(x), None
     if plan.shared_tail and x.shape[0] > MAX_ROWS_SHARED_TAIL:
         pieces = (x[:MAX_ROWS_SHARED_TAIL], x[MAX_ROWS_SHARED_TAIL:])
-        halves = [_fused(piece, weights, config) for piece in pieces]
+        halves = [_fused(piece, weights, config, norm) for piece in pieces]
         return tuple(jnp.concatenate(rows) for rows in zip(*halves, strict=True))
-    partials, offset_shares = partial_products(plan, _operands(plan, x, weights))
+    partials, offset_shares = partial_products(plan, _operands(plan, x, weights, norm))
     products: list[Array] = []
     start = 0
     for i, weight in enumerate(weights):
@@ -102,7 +119,7 @@ def _fused(
     return tuple(products)
 
 
-def _operands(plan: Plan, x: Float[Array, "m in"], weights: Sequence[KernelArray]) -> Operands:
+def _operands(plan: Plan, x: Float[Array, "m in"], weights: Sequence[KernelArray], norm: RMS | None) -> Operands:
     operands = Operands([weight.words for weight in weights], [_tables(weight) for weight in weights])
     if plan.stage_x or plan.offsets:
         operands = operands._replace(x=x)
@@ -110,6 +127,8 @@ def _operands(plan: Plan, x: Float[Array, "m in"], weights: Sequence[KernelArray
         operands = operands._replace(offsets=[weight.centred_offset for weight in weights])
     if not plan.stage_x:
         return operands._replace(runs=[_column_runs(x, weight) for weight in weights])
+    if norm is not None:
+        operands = operands._replace(norm=norm.weight)
     columns = [weight.columns for weight in weights if weight.columns is not None]
     return operands._replace(columns=columns, column_scales=[weight.column_scale for weight in weights])
 

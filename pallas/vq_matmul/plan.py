@@ -76,7 +76,8 @@ class Plan:
     Slabs of `column_warps` units side by side are numbered part by part, group by group, row
     group by row group; block c runs slabs c * total // blocks to (c + 1) * total // blocks. A row
     group that falls to several blocks leaves one partial sum per block, in `slots`. With `offsets`
-    the launch also multiplies x with each weight's offset, in `offset_chunks` shares.
+    the launch also multiplies x with each weight's offset, in `offset_chunks` shares. With `norm_eps`
+    it normalizes x first, which it can where it stages x.
     """
 
     layouts: tuple[VQLayout, ...]
@@ -85,6 +86,7 @@ class Plan:
     kind: Literal["bf16", "f16"]
     config: Config
     offsets: bool = False
+    norm_eps: float | None = None
 
     @property
     def offset_columns(self) -> int:
@@ -270,6 +272,11 @@ class Plan:
         return self.rows * self.grid.layout.in_features * 2
 
     @property
+    def norm_start(self) -> int:
+        """Byte offset in shared memory of the normalization's weight."""
+        return self.x_start + self.x_bytes
+
+    @property
     def slab_columns(self) -> int:
         """Columns of a slab."""
         return self.column_warps * self.order.columns
@@ -282,7 +289,7 @@ class Plan:
     @property
     def staged_start(self) -> int:
         """Byte offset in shared memory of the staged activations."""
-        return self.x_start + self.x_bytes
+        return self.norm_start + (0 if self.norm_eps is None else self.x_bytes // self.rows)
 
     @property
     def _staged_end(self) -> int:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vptq_jax.models.cache import LayerCache
 from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.linear import project
+from vptq_jax.models.linear import Unnormalized, project
 from vptq_jax.models.params import ParamSource
 from vptq_jax.models.rope import Rotary, rotate
 from vptq_jax.pallas.decode_attention import decode_attention
@@ -29,19 +29,19 @@ class Attention(nnx.Module):
         self.v_proj = source.linear(f"{name}.v_proj", kv_heads * self.head_dim, hidden, bias=bias)
         self.o_proj = source.linear(f"{name}.o_proj", hidden, heads * self.head_dim, bias=config.attention_out_bias)
 
-    def _heads(self, x: Float[Array, "B T in"], at: Rotary) -> tuple[Array, Array, Array]:
+    def _heads(self, x: Float[Array, "B T hidden"] | Unnormalized, at: Rotary) -> tuple[Array, Array, Array]:
         q, k, v = (
             y.reshape(*y.shape[:-1], -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
         return rotate(q, at), rotate(k, at).swapaxes(1, 2), v.swapaxes(1, 2)
 
-    def __call__(self, x: Float[Array, "B T hidden"], at: Rotary) -> Float[Array, "B T hidden"]:
+    def __call__(self, x: Float[Array, "B T hidden"] | Unnormalized, at: Rotary) -> Float[Array, "B T hidden"]:
         """Every token sees the tokens of its row up to itself."""
         q, k, v = self._heads(x, at)
         return self._out(attend(q, k, v, at.positions, at.positions, self.window))
 
     def prefill(
-        self, x: Float[Array, "B T hidden"], at: Rotary, start: Int[Array, "B"], capacity: int
+        self, x: Float[Array, "B T hidden"] | Unnormalized, at: Rotary, start: Int[Array, "B"], capacity: int
     ) -> tuple[Float[Array, "B T hidden"], LayerCache]:
         """As the call, and the cache that holds this prompt."""
         q, k, v = self._heads(x, at)
@@ -50,7 +50,7 @@ class Attention(nnx.Module):
         return y, LayerCache.from_prompt(k, v, start, size)
 
     def step(
-        self, x: Float[Array, "B 1 hidden"], at: Rotary, cache: LayerCache
+        self, x: Float[Array, "B 1 hidden"] | Unnormalized, at: Rotary, cache: LayerCache
     ) -> tuple[Float[Array, "B 1 hidden"], LayerCache]:
         """One more token a row, against the cache."""
         q, k, v = self._heads(x, at)

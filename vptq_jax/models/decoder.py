@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int
 from vptq_jax.models.attention import Attention
 from vptq_jax.models.cache import KVCache, LayerCache
 from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.linear import Linear, VQLinear, project
+from vptq_jax.models.linear import Linear, Unnormalized, VQLinear, project
 from vptq_jax.models.params import ParamSource
 from vptq_jax.models.rope import Rotary, rotary
+from vptq_jax.pallas.vq_matmul import RMS
 
 _ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -34,9 +35,11 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+        return RMS(self.weight[...], self.eps)(x)
+
+    def defer(self, x: Float[Array, "*batch dim"]) -> Unnormalized:
+        """The same for layers that `project` applies."""
+        return Unnormalized(x, RMS(self.weight[...], self.eps))
 
 
 class MLP(nnx.Module):
@@ -48,7 +51,7 @@ class MLP(nnx.Module):
         self.up_proj = source.linear(f"{name}.up_proj", inner, hidden, bias=bias)
         self.down_proj = source.linear(f"{name}.down_proj", hidden, inner, bias=bias)
 
-    def __call__(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+    def __call__(self, x: Float[Array, "*batch hidden"] | Unnormalized) -> Float[Array, "*batch hidden"]:
         gate, up = project(x, self.gate_proj, self.up_proj)
         return self.down_proj(jax.nn.silu(gate) * up)
 
@@ -67,16 +70,16 @@ class Block(nnx.Module):
 
     def __call__(self, h: Float[Array, "B T hidden"], at: Rotary) -> Float[Array, "B T hidden"]:
         """The whole rows at once; `at` from `Decoder.rotary`."""
-        return self._mlp(h + self.self_attn(self.input_layernorm(h), at))
+        return self._mlp(h + self.self_attn(self.input_layernorm.defer(h), at))
 
     def prefill(self, h: Array, at: Rotary, start: Array, capacity: int) -> tuple[Array, LayerCache]:
         """As the call, and the layer's cache."""
-        y, cache = self.self_attn.prefill(self.input_layernorm(h), at, start, capacity)
+        y, cache = self.self_attn.prefill(self.input_layernorm.defer(h), at, start, capacity)
         return self._mlp(h + y), cache
 
     def step(self, h: Array, at: Rotary, cache: LayerCache) -> tuple[Array, LayerCache]:
         """One token a row, against the cache."""
-        y, cache = self.self_attn.step(self.input_layernorm(h), at, cache)
+        y, cache = self.self_attn.step(self.input_layernorm.defer(h), at, cache)
         return self._mlp(h + y), cache
 
     def places(self) -> Iterator[tuple[str, nnx.Module, str]]:
@@ -86,7 +89,7 @@ class Block(nnx.Module):
                 yield f"{group}.{name}", getattr(self, group), name
 
     def _mlp(self, h: Array) -> Array:
-        return h + self.mlp(self.post_attention_layernorm(h))
+        return h + self.mlp(self.post_attention_layernorm.defer(h))
 
 
 class Decoder(nnx.Module):

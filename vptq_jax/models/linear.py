@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from vptq_jax.array import VQArray
 from vptq_jax.pallas import device
-from vptq_jax.pallas.vq_matmul import KernelArray, choose_order, relayout, restore, vq_matmul, vq_matmuls
+from vptq_jax.pallas.vq_matmul import RMS, KernelArray, choose_order, relayout, restore, vq_matmul, vq_matmuls
 from vptq_jax.pallas.vq_matmul.layout import KERNEL_FIELDS, Order, unsupported
 
 _SHARED_INPUT = re.compile(r"(?<=\.)([qkv]|gate|up)_proj$")  # What is left of the path names their input.
@@ -150,12 +150,23 @@ class VQLinear(nnx.Module):
         return self.layout.out_features, self.layout.in_features
 
 
-def project(x: Float[Array, "*batch in"], *layers: Linear | VQLinear) -> tuple[Float[Array, "*batch out"], ...]:
+class Unnormalized(NamedTuple):
+    """An input whose normalization is left to the layers that read it, since their kernel can do it in passing."""
+
+    x: Float[Array, "*batch in"]
+    norm: RMS
+
+
+def project(
+    x: Float[Array, "*batch in"] | Unnormalized, *layers: Linear | VQLinear
+) -> tuple[Float[Array, "*batch out"], ...]:
     """Applies several layers to the same input (q/k/v, gate/up); prepared layers share one kernel launch."""
+    x, norm = x if isinstance(x, Unnormalized) else (x, None)
     prepared = [layer for layer in layers if isinstance(layer, VQLinear) and layer.order is not None]
     if len(prepared) < max(2, len(layers)):
+        x = x if norm is None else norm(x)
         return tuple(layer(x) for layer in layers)
-    products = vq_matmuls(x, [layer.kernel_weight for layer in prepared])
+    products = vq_matmuls(x, [layer.kernel_weight for layer in prepared], norm=norm)
     return tuple(_add_bias(y, layer.bias).astype(x.dtype) for y, layer in zip(products, prepared, strict=True))
 
 
