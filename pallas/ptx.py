@@ -253,6 +253,15 @@ def store_global(pointer: Pointer, words: Sequence[Int]) -> None:
     _asm([], [*words, pointer.value], f"st.global.{kind} [${count}],{registers};", ",".join(["r"] * count + ["l"]))
 
 
+def store_stream(pointer: Pointer, words: Sequence[Int]) -> None:
+    """1, 2 or 4 words to device memory that are read late: the first to leave L2."""
+    kind, registers, _ = _vector(len(words))
+    count = len(words)
+    policy = ".reg .b64 p; createpolicy.fractional.L2::evict_first.b64 p,1.0;"
+    store = f"st.global.L2::cache_hint.{kind} [${count}],{registers},p;"
+    _asm([], [*words, pointer.value], f"{{{policy} {store}}}", ",".join(["r"] * count + ["l"]))
+
+
 def store_global_float(pointer: Pointer, value: ir.Value) -> None:
     """One float32 to device memory."""
     _asm([], [pointer.value, value], "st.global.f32 [$0],$1;", "l,f")

@@ -247,6 +247,8 @@ class _Machine:
     def store_global(self, pointer, words):
         self._store(self._memory, pointer, [word.value for word in words])
 
+    store_stream = store_global
+
     def store_global_float(self, pointer, value):
         self._store(self._memory, pointer, [np.float32(value)])
 

@@ -12,6 +12,7 @@ from vptq_jax.spec import VQLayout
 
 MAX_ROWS = 64
 MAX_STAGED_ROWS = 4  # Every block reads all of x: worth a launch for 1 row, slower for 8 (measured).
+MAX_NORMALIZED_ROWS = 8  # That saves more launches.
 MAX_ROWS_SHARED_TAIL = 32  # Twice the sums take twice the registers.
 PIECE_COLUMNS = 4  # Columns of which a thread loads index and scale at once.
 _THREAD_PIECES = 4  # Most pieces a thread holds in registers.
@@ -303,7 +304,7 @@ class Plan:
         """
         return (
             self.config.stage_x
-            and self.rows <= MAX_STAGED_ROWS
+            and self.rows <= (MAX_STAGED_ROWS if self.norm_eps is None else MAX_NORMALIZED_ROWS)
             and self.grid.layout.in_features % 8 == 0
             and self.staged_pieces <= _THREAD_PIECES * self.warps * 32
             and self._staged_end <= SHARED_MEMORY_BYTES - RESERVED_BYTES
