@@ -359,8 +359,17 @@ def _dense(x: Array, weight: Array) -> Array:
 
 
 def product_of_each(product: Callable[[Array, Any], Array], x: Array, weights: list[Any]) -> Callable[[], Any]:
-    """A compiled program without arguments: one product with each of the weights."""
-    run = jax.jit(lambda x, weights: [product(x, weight) for weight in weights]).lower(x, weights).compile()
+    """A compiled program without arguments: one product with each of the weights, one after the other."""
+
+    def products(x: Array, weights: list[Any]) -> list[Array]:
+        done = []
+        for weight in weights:
+            # Behind the last product x is another value to XLA, which merges dense products of one value.
+            x, y = jax.lax.optimization_barrier((x, product(x, weight)))
+            done.append(y)
+        return done
+
+    run = jax.jit(products).lower(x, weights).compile()
     return lambda: run(x, weights)
 
 
