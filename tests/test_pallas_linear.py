@@ -1,11 +1,13 @@
 """`VQLinear` in kernel order, with the reference in the kernel's place so that the tests run anywhere."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from pallas_cases import random_weight
+from pallas_cases import random_weight, relative_error
 
 from vptq_jax import checkpoint
 from vptq_jax.models import linear
@@ -94,3 +96,24 @@ def test_mixed_layers_run_one_by_one(launches):
 def test_kernel_weight_of_an_unprepared_layer():
     with pytest.raises(ValueError, match=r"call prepare\(\)"):
         _ = VQLinear(random_weight("v4-k16-8", 32, 32)).kernel_weight
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_a_step_through_the_kernels_agrees_with_float32(batch):
+    """Normalization, products and attention of the decode loop together, in one program."""
+    config = dataclasses.replace(CONFIG, hidden_size=256, intermediate_size=520, num_layers=2, head_dim=64)
+    model = build(config, RandomSource(jax.random.key(0), jnp.bfloat16))
+    for seed, (path, layer) in enumerate(model.linears().items()):
+        model.set_linear(path, VQLinear(random_weight("v8-k256-256", *layer.shape, seed=seed)))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 40, (batch, 9)))
+
+    def logits(model):
+        start = jnp.zeros(batch, jnp.int32)
+        _, cache = jax.jit(lambda m: m.prefill(tokens[:, :8], start, capacity=16))(model)
+        return jax.jit(lambda m, cache: m.step(tokens[:, 8], cache)[0])(model, cache)
+
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, model)
+    expected = np.asarray(logits(exact), np.float64)
+    assert linear.prepare(model.linears(), model.dtype) == 14
+    assert relative_error(logits(model), expected) < 2e-2
