@@ -83,6 +83,14 @@ def _diagonal(problem: Any) -> Any:
     return jnp.diag(problem.H)
 
 
+def _relative(problem: Any) -> Any:
+    """In place of `weight._importance`: costs in units of each column's scale (one group, no outliers)."""
+    scale = problem.scale[problem.perm]
+    scale = jnp.pad(scale, (0, len(problem.U) - len(scale)), constant_values=1)
+    cost = 1 / jnp.square(jnp.diag(problem.U) * scale)
+    return jnp.where(jnp.diag(problem.H) > 0, cost, 0)
+
+
 _prepare = weight.prepare
 STEPS: dict[str, dict[str, Any]] = {
     "k-means only": {"column_pass": _nearest_only},
@@ -91,6 +99,7 @@ STEPS: dict[str, dict[str, Any]] = {
 CHOICES: dict[str, dict[str, Any]] = {
     "range": {"normalization": _range},
     "diag(H)": {"_importance": _diagonal},
+    "relative": {"_importance": _relative},
     "undamped refinement": {"prepare": _undamped},
     "prototype": {"normalization": _range, "_importance": _diagonal, "prepare": _undamped},
 }
