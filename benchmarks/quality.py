@@ -87,11 +87,10 @@ def _relative(problem: Any) -> Any:
     """In place of `weight._importance`: costs in units of each column's scale (one group, no outliers)."""
     scale = problem.scale[problem.perm]
     scale = jnp.pad(scale, (0, len(problem.U) - len(scale)), constant_values=1)
-    cost = 1 / jnp.square(jnp.diag(problem.U) * scale)
-    return jnp.where(jnp.diag(problem.H) > 0, cost, 0)
+    return _importance(problem) / jnp.square(scale)
 
 
-_prepare = weight.prepare
+_prepare, _importance = weight.prepare, weight._importance
 STEPS: dict[str, dict[str, Any]] = {
     "k-means only": {"column_pass": _nearest_only},
     "unscaled Hessian": {"prepare": _unscaled},

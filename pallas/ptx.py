@@ -246,20 +246,15 @@ def load_cached(pointer: Pointer, words: int) -> list[Int]:
     return [Int(v) for v in _asm([_i32()] * words, [pointer.value], text, f"{outputs},l")]
 
 
-def store_global(pointer: Pointer, words: Sequence[Int]) -> None:
-    """1, 2 or 4 words to device memory."""
+def store_global(pointer: Pointer, words: Sequence[Int], *, evict_first: bool = False) -> None:
+    """1, 2 or 4 words to device memory; with `evict_first` they are the first to leave L2."""
     kind, registers, _ = _vector(len(words))
     count = len(words)
-    _asm([], [*words, pointer.value], f"st.global.{kind} [${count}],{registers};", ",".join(["r"] * count + ["l"]))
-
-
-def store_stream(pointer: Pointer, words: Sequence[Int]) -> None:
-    """1, 2 or 4 words to device memory that are read late: the first to leave L2."""
-    kind, registers, _ = _vector(len(words))
-    count = len(words)
-    policy = ".reg .b64 p; createpolicy.fractional.L2::evict_first.b64 p,1.0;"
-    store = f"st.global.L2::cache_hint.{kind} [${count}],{registers},p;"
-    _asm([], [*words, pointer.value], f"{{{policy} {store}}}", ",".join(["r"] * count + ["l"]))
+    text = f"st.global.{kind} [${count}],{registers};"
+    if evict_first:
+        policy = ".reg .b64 p; createpolicy.fractional.L2::evict_first.b64 p,1.0;"
+        text = f"{{{policy} st.global.L2::cache_hint.{kind} [${count}],{registers},p;}}"
+    _asm([], [*words, pointer.value], text, ",".join(["r"] * count + ["l"]))
 
 
 def store_global_float(pointer: Pointer, value: ir.Value) -> None:

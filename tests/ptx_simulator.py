@@ -244,10 +244,8 @@ class _Machine:
         found[self._mask] = self._shared[self._addresses(address, 2, self._shared)].view(np.uint16)[:, 0]
         return Int(found)
 
-    def store_global(self, pointer, words):
+    def store_global(self, pointer, words, *, evict_first=False):
         self._store(self._memory, pointer, [word.value for word in words])
-
-    store_stream = store_global
 
     def store_global_float(self, pointer, value):
         self._store(self._memory, pointer, [np.float32(value)])

@@ -82,8 +82,7 @@ def vq_matmuls(
         return _matmuls(x, in_kernel_order, norm)
     if implementation is None:
         _log_choice("xla", reason or "the weight is in checkpoint order")
-    x = x if norm is None else norm(x)
-    return tuple(_reference(x, weight) for weight in weights)
+    return _references(x, norm, weights)
 
 
 def _check(x: Array, weight: Weight) -> None:
@@ -109,8 +108,10 @@ def _log_choice(implementation: str, reason: str) -> None:
     _logger.info("vq_matmul runs as %r: %s", implementation, reason)
 
 
-def _reference(x: Array, weight: Weight) -> Array:
-    return reference.vq_matmul(x, layout.restore(weight) if isinstance(weight, KernelArray) else weight)
+def _references(x: Array, norm: RMS | None, weights: Sequence[Weight]) -> tuple[Array, ...]:
+    x = x if norm is None else norm(x)
+    in_checkpoint_order = (layout.restore(weight) if isinstance(weight, KernelArray) else weight for weight in weights)
+    return tuple(reference.vq_matmul(x, weight) for weight in in_checkpoint_order)
 
 
 def _matmuls(x: Array, weights: Sequence[KernelArray], norm: RMS | None = None) -> tuple[Array, ...]:
@@ -142,11 +143,11 @@ def _backward(residuals: Any, cotangents: tuple[Array, ...]) -> tuple[Array, Any
     x, norm, floats, weights = residuals
 
     def products(x: Array, norm: RMS | None, floats: Any) -> tuple[Array, ...]:
-        x = x if norm is None else norm(x)
-        return tuple(
-            _reference(x, dataclasses.replace(weight, **dict(zip(_FLOATS, values, strict=True))))
+        replaced = [
+            dataclasses.replace(weight, **dict(zip(_FLOATS, values, strict=True)))
             for weight, values in zip(weights, floats, strict=True)
-        )
+        ]
+        return _references(x, norm, replaced)
 
     return *jax.vjp(products, x, norm, floats)[1](cotangents), None
 

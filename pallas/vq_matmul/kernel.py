@@ -231,35 +231,6 @@ class Emitter:
     def _offset_shares(self) -> int:
         return self.plan.offset_chunks * len(self.plan.layouts)
 
-    def _inverse_rms(self, eps: float) -> list:
-        """1 / rms of every row of x, which lies in shared memory."""
-        plan, rows = self.plan, range(self.plan.rows)
-        count = plan.grid.layout.in_features // 8
-        totals = [ptx.float_constant(0.0)] * plan.rows
-        for start in range(0, count, self.threads):
-            piece = (self.thread + start).minimum(count - 1)
-            for row in rows:
-                total = totals[row]
-                for word in ptx.load_shared(self.shared + plan.x_start + (piece + row * count) * 16, 4):
-                    for value in ptx.unpack(word, plan.kind):
-                        total = ptx.multiply_add(value, value, total)
-                inside = None if start + self.threads <= count else self.thread + start < count
-                totals[row] = total if inside is None else ptx.select(inside, total, totals[row])
-        for row in rows:
-            for mask in (16, 8, 4, 2, 1):
-                totals[row] = ptx.add(totals[row], ptx.shuffle_xor(totals[row], mask))
-        with ptx.when(self.lane < 1):  # The sums of the product take this memory later.
-            for row in rows:
-                ptx.store_shared_float(self.shared + (self.warp + row * plan.warps) * 4, totals[row])
-        ptx.barrier()
-        inverse = []
-        for row in rows:
-            words = [ptx.load_shared(self.shared + (row * plan.warps + i) * 4, 4) for i in range(0, plan.warps, 4)]
-            total = functools.reduce(ptx.add, [ptx.as_float(word) for part in words for word in part])
-            mean = ptx.multiply(total, ptx.float_constant(1 / plan.grid.layout.in_features))
-            inverse.append(ptx.inverse_sqrt(ptx.add(mean, ptx.float_constant(eps))))
-        return inverse
-
     def _load_offset_share(self, share: Int) -> tuple[list, list[Int]]:
         """Two columns of a weight's offset, times the norm's weight, and of every row of x, for each thread."""
         plan, columns = self.plan, self.plan.grid.layout.in_features
@@ -283,8 +254,7 @@ class Emitter:
         for row, word in enumerate(x):
             low, high = ptx.unpack(word, self.plan.kind)
             total = ptx.multiply_add(low, pair[0], ptx.multiply(high, pair[1]))
-            for mask in (16, 8, 4, 2, 1):
-                total = ptx.add(total, ptx.shuffle_xor(total, mask))
+            total = _warp_sum(total)
             with ptx.when(self.lane < 1):
                 ptx.store_shared_float(self._offset_place(row, self.warp), total)
 
@@ -334,38 +304,29 @@ class Emitter:
         self._finish_tables()
 
     def _start_tables(self, slab: Slab) -> None:
-        planes = self.plan.grid.planes
+        shared_tail = self.plan.shared_tail
         for i, book in enumerate(self.books):
-            if self.plan.shared_tail:
-                self._copy_table(slab, i, book.planes[0], book.entries)
-            elif book.replicas == 1:
-                self._copy_planes(slab, i, book)
+            if book.replicas > 1:
+                self._copy_replicas(slab, i, book)
             else:
-                source = slab.of(self.tables[i]).at(slab.group, book.entries * planes * 16)
-                for plane in range(planes):
-                    self._copy_replicas(self.shared + book.planes[plane], source.offset(plane * 16), book)
-        if self.plan.shared_tail:
-            self._copy_table(slab, -1, self.books[0].planes[1], max(book.entries for book in self.books))
+                self._copy_table(slab, i, book.planes[:1] if shared_tail else book.planes, book.entries, book.cached)
+        if shared_tail:
+            rows = max(book.entries for book in self.books)
+            self._copy_table(slab, -1, self.books[0].planes[1:], rows, rows)
         ptx.commit_copies()
 
-    def _copy_table(self, slab: Slab, i: int, target: int, rows: int) -> None:
-        """Starts the copy of a table with one plane, as it is."""
-        source = slab.of(self.tables[i]).at(slab.group, rows * 16)
-        self._copy_pieces(self.shared + target + self.thread * 16, source, rows)
+    def _copy_table(self, slab: Slab, i: int, planes: Sequence[int], rows: int, kept: int) -> None:
+        """Starts the copy of a table's first rows to where its planes lie; neighbouring threads take those of a row."""
+        source = slab.of(self.tables[i]).at(slab.group, rows * len(planes) * 16)
+        place, target = self.thread, self.shared + planes[0]
+        if len(planes) == 2:
+            place = self.thread >> 1
+            target = target + (self.thread & 1) * (planes[1] - planes[0])
+        self._copy_pieces(target + place * 16, source, kept * len(planes), len(planes))
 
     def _finish_tables(self) -> None:
         ptx.wait_copies(0)
         ptx.barrier()
-
-    def _copy_planes(self, slab: Slab, i: int, book: Book) -> None:
-        """Starts the copy of the centroids that a book keeps; neighbouring threads take the planes of one."""
-        planes = self.plan.grid.planes
-        source = slab.of(self.tables[i]).at(slab.group, book.entries * planes * 16)
-        place, target = self.thread, self.shared + book.planes[0]
-        if planes == 2:
-            place = self.thread >> 1
-            target = target + (self.thread & 1) * (book.planes[1] - book.planes[0])
-        self._copy_pieces(target + place * 16, source, book.cached * planes, planes)
 
     def _copy_pieces(self, target: Int, source: Pointer, count: int, planes: int = 1) -> None:
         """Starts copies of 16 bytes each from places side by side; `target` is that of the thread's first."""
@@ -374,14 +335,17 @@ class Emitter:
             inside = None if start + self.threads <= count else item < count
             ptx.copy_async(target + start // planes * 16, source.at(item, 16), 16, inside)
 
-    def _copy_replicas(self, target: Int, source: Pointer, book: Book) -> None:
+    def _copy_replicas(self, slab: Slab, i: int, book: Book) -> None:
         """Through registers: asynchronous copies that several threads take from one place are slow."""
+        row_bytes = len(book.planes) * 16
+        source = slab.of(self.tables[i]).at(slab.group, book.entries * row_bytes)
         copies = book.cached * book.replicas
-        starts = range(0, copies, self.threads)
-        items = [(self.thread + start).minimum(copies - 1) for start in starts]
-        rows = [ptx.load_cached(source.at(item // book.replicas, self.plan.grid.planes * 16), 4) for item in items]
-        for item, row in zip(items, rows, strict=True):  # A thread without an item repeats the last one.
-            ptx.store_shared(target + item * 16, row)
+        for plane, offset in enumerate(book.planes):
+            target, pieces = self.shared + offset, source.offset(plane * 16)
+            items = [(self.thread + start).minimum(copies - 1) for start in range(0, copies, self.threads)]
+            rows = [ptx.load_cached(pieces.at(item // book.replicas, row_bytes), 4) for item in items]
+            for item, row in zip(items, rows, strict=True):  # A thread without an item repeats the last one.
+                ptx.store_shared(target + item * 16, row)
 
     def _index(self, words: list[Int], entry: int, book: Book) -> Int:
         word, shift = divmod(entry * self.plan.grid.bits + book.shift, 32)
@@ -431,8 +395,8 @@ class Emitter:
         pieces = [self._load_piece(start) for start in range(0, plan.staged_pieces, self.threads)]
         self._copy_pieces(self.shared + plan.x_start + self.thread * 16, self.operands.x, plan.x_bytes // 16)
         if plan.norm_eps is not None:
-            pieces_of_norm = plan.grid.layout.in_features // 8
-            self._copy_pieces(self.shared + plan.norm_start + self.thread * 16, self.operands.norm, pieces_of_norm)
+            target = self.shared + plan.norm_start + self.thread * 16
+            self._copy_pieces(target, self.operands.norm, plan.x_row_bytes // 16)
         return pieces
 
     def _load_piece(self, start: int) -> _Piece:
@@ -457,13 +421,39 @@ class Emitter:
             self._inside(slab),
         )
 
+    def _inverse_rms(self, eps: float) -> list:
+        """1 / rms of every row of x, which lies in shared memory."""
+        plan, rows = self.plan, range(self.plan.rows)
+        count = plan.x_row_bytes // 16
+        totals = [ptx.float_constant(0.0)] * plan.rows
+        for start in range(0, count, self.threads):
+            piece = (self.thread + start).minimum(count - 1)
+            for row in rows:
+                total = totals[row]
+                for word in ptx.load_shared(self.shared + plan.x_start + (piece + row * count) * 16, 4):
+                    for value in ptx.unpack(word, plan.kind):
+                        total = ptx.multiply_add(value, value, total)
+                inside = None if start + self.threads <= count else self.thread + start < count
+                totals[row] = total if inside is None else ptx.select(inside, total, totals[row])
+        totals = [_warp_sum(total) for total in totals]
+        with ptx.when(self.lane < 1):  # The sums of the product take this memory later.
+            for row in rows:
+                ptx.store_shared_float(self.shared + (self.warp + row * plan.warps) * 4, totals[row])
+        ptx.barrier()
+        inverse = []
+        for row in rows:
+            words = [ptx.load_shared(self.shared + (row * plan.warps + i) * 4, 4) for i in range(0, plan.warps, 4)]
+            total = functools.reduce(ptx.add, [ptx.as_float(word) for part in words for word in part])
+            mean = ptx.multiply(total, ptx.float_constant(1 / plan.grid.layout.in_features))
+            inverse.append(ptx.inverse_sqrt(ptx.add(mean, ptx.float_constant(eps))))
+        return inverse
+
     def _stage(self, pieces: list[_Piece], inverse_rms: list) -> None:
         """Writes the activations of the block's slabs to shared memory, by runs of 32 kernel columns."""
         plan, rows = self.plan, range(self.plan.rows)
-        pitch = plan.grid.layout.in_features * 2
         for piece in pieces:
             places = [self.shared + plan.x_start + column * 2 for column in piece.columns]
-            x = [self._load_columns(places, row * pitch) for row in rows]
+            x = [self._load_columns(places, row * plan.x_row_bytes) for row in rows]
             scales = piece.scales
             if inverse_rms:
                 norm = self._load_columns(places, plan.norm_start - plan.x_start)
@@ -598,3 +588,10 @@ class Emitter:
                 place = self.shared + ((self.warp * plan.tile_rows + row) * plan.grid.unit_rows + out) * 4
                 with ptx.when(valid):
                     ptx.store_shared_float(place, value)
+
+
+def _warp_sum(value: Any) -> Any:
+    """The sum of a float32 over the threads of the warp, in every one of them."""
+    for mask in (16, 8, 4, 2, 1):
+        value = ptx.add(value, ptx.shuffle_xor(value, mask))
+    return value

@@ -268,9 +268,14 @@ class Plan:
         return self.offset_start + (self.warps * self.rows * 4 if self.offsets else 0)
 
     @property
+    def x_row_bytes(self) -> int:
+        """A row of activations as it comes, and the normalization's weight."""
+        return self.grid.layout.in_features * 2
+
+    @property
     def x_bytes(self) -> int:
         """The activations as they come."""
-        return self.rows * self.grid.layout.in_features * 2
+        return self.rows * self.x_row_bytes
 
     @property
     def norm_start(self) -> int:
@@ -290,7 +295,7 @@ class Plan:
     @property
     def staged_start(self) -> int:
         """Byte offset in shared memory of the staged activations."""
-        return self.norm_start + (0 if self.norm_eps is None else self.x_bytes // self.rows)
+        return self.norm_start + (0 if self.norm_eps is None else self.x_row_bytes)
 
     @property
     def _staged_end(self) -> int:
