@@ -12,6 +12,7 @@ import math
 import types
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -19,6 +20,10 @@ from vptq_jax.pallas import launch, ptx
 
 _GAP = 1 << 12  # Bytes between arrays, so that no address just beyond one lies inside another.
 _FLOATS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16}
+
+
+def _poison(dtype):
+    return np.nan if jnp.issubdtype(dtype, jnp.inexact) else np.iinfo(dtype).max
 
 
 def use(monkeypatch, *modules):
@@ -126,7 +131,7 @@ class _Machine:
         def call(*operands):
             outputs = out_type if isinstance(out_type, list) else [out_type]
             arrays = [np.asarray(operand) for operand in operands]
-            arrays += [np.full(out.shape, np.nan, out.dtype) for out in outputs]
+            arrays += [np.full(out.shape, _poison(out.dtype), out.dtype) for out in outputs]
             self._arrays = [array.reshape(-1).view(np.uint8) for array in arrays]
             sizes = [_GAP + -(-array.nbytes // _GAP) * _GAP for array in arrays]
             self._starts = np.cumsum([_GAP, *sizes])[: len(arrays)]
@@ -180,15 +185,15 @@ class _Machine:
     def barrier(self):
         pass
 
-    warp_barrier = commit_copies = barrier
+    warp_barrier = commit_copies = fence_copies = barrier
 
     def wait_copies(self, pending):
         pass
 
     def named_barrier(self, name, threads):
-        assert self._mask.all()
-        assert ((name.value >= 1) & (name.value < 16)).all()
-        assert (np.unique(np.broadcast_to(name.value, self._mask.shape), return_counts=True)[1] == threads).all()
+        names = np.broadcast_to(name.value, self._mask.shape)[self._mask]
+        assert ((names >= 1) & (names < 16)).all()
+        assert (np.unique(names, return_counts=True)[1] == threads).all()
 
     @contextlib.contextmanager
     def when(self, condition):
@@ -200,6 +205,15 @@ class _Machine:
         assert self._mask.all()
         for index in range(int(start.value.max()), int(stop.value.max())):
             carry = list(body(Int(index), carry))
+        return carry
+
+    def loop_while(self, carry, condition, body):
+        """Threads leave when their condition fails; the others go on without them."""
+        carry = [np.broadcast_to(value, self._mask.shape) for value in carry]
+        while (going := self._mask & condition(carry)).any():
+            with self.when(going):
+                results = body(carry)
+            carry = [np.where(going, new, old) for new, old in zip(results, carry, strict=True)]
         return carry
 
     # --- memory ---
@@ -249,6 +263,19 @@ class _Machine:
 
     def store_global_float(self, pointer, value):
         self._store(self._memory, pointer, [np.float32(value)])
+
+    def add_and_fetch(self, pointer, value, condition):
+        found = np.zeros(len(self._mask), np.uint32)
+        with self.when(condition):
+            places = np.broadcast_to(pointer.value, self._mask.shape)
+            for thread in np.flatnonzero(self._mask):
+                counter = self._memory[places[thread] :][:4].view(np.uint32)
+                found[thread] = counter[0]
+                counter += np.uint32(value)
+        return Int(found)
+
+    def add_release(self, pointer, value):
+        self.add_and_fetch(pointer, value, True)
 
     def store_shared(self, address, words):
         self._store(self._shared, address, [word.value for word in words])

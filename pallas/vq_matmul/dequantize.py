@@ -9,12 +9,10 @@ bytes, would take the time.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, UInt
-from jaxtyping import Int as Ints
+from jaxtyping import Array, Float
 
 from vptq_jax.pallas import ptx
 from vptq_jax.pallas.launch import launch
@@ -34,10 +32,13 @@ class DecodeConfig(Config):
     Attributes:
         cached_entries: a codebook too large for shared memory is left to L1 by default.
         team: warps that write runs together: 4, 8 or 16 (runs of fewer may be no multiples of 16 bytes).
+        overlap: whether the weight is decoded while it is multiplied, where that is supported; by
+            default where it is faster (see `overlap.OverlapPlan`).
     """
 
     cached_entries: int = 0
     team: int = 4
+    overlap: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,23 +88,12 @@ class DecodePlan(Plan):
         return 0
 
 
-def transposed_weight(
-    plan: DecodePlan,
-    words: UInt[Array, "G rows columns words"],
-    tables: Sequence[Float[Array, "G k p"]],
-    columns: Ints[Array, " n"] | None,
-    column_scale: Float[Array, " n"],
-    offset: Float[Array, " in"] | None,
-) -> Float[Array, "in out"]:
+def transposed_weight(plan: DecodePlan, operands: Operands) -> Float[Array, "in out"]:
     """The weight without its outliers, [in_features, outputs up to a multiple of 8], in the dtype of the tables.
 
     Args:
         plan: the division of the work.
-        words: packed indices.
-        tables: main table and, if there are any, residual and tail table.
-        columns: original column of each kernel column, or None for the identity.
-        column_scale: of each kernel column.
-        offset: of each original column, or None.
+        operands: the weight's, with its offset if it has one.
 
     Returns:
         Centroids are added, scaled and offset in float32 and rounded once. Rows of outlier columns,
@@ -111,36 +101,31 @@ def transposed_weight(
     """
     layout = plan.grid.layout
     width = -(-layout.out_features // 8) * 8
-    operands = Operands(
-        [words],
-        [tables],
-        columns=[] if columns is None else [columns],
-        column_scales=[column_scale],
-        offsets=[] if offset is None else [offset],
-    )
     arrays, structure = jax.tree.flatten(operands)
 
     def emit(pointers: list[Pointer], shared: Int) -> None:
         *places, output = pointers
-        _Decoder(plan, Emitter(plan, jax.tree.unflatten(structure, places), [output], shared), width).run()
+        Decoder(plan, Emitter(plan, jax.tree.unflatten(structure, places), [output], shared), width, shared).run()
 
     return launch(
         emit,
         arrays,
-        jax.ShapeDtypeStruct((layout.in_features, width), tables[0].dtype),
+        jax.ShapeDtypeStruct((layout.in_features, width), operands.tables[0][0].dtype),
         blocks=plan.blocks,
         warps=plan.warps,
         shared_bytes=plan.shared_bytes,
     )
 
 
-class _Decoder:
-    def __init__(self, plan: DecodePlan, emitter: Emitter, width: int):
-        self.plan, self.emitter, self.width = plan, emitter, width
+class Decoder:
+    """Emits the decoding of slabs by the teams of an emitter's threads; `barrier` names that of the first team."""
+
+    def __init__(self, plan: DecodePlan, emitter: Emitter, width: int, staging: Int, barrier: Int | int = 1):
+        self.plan, self.emitter, self.width, self.barrier = plan, emitter, width, barrier
         self.team = emitter.warp // plan.config.team
         self.team_warp = emitter.warp % plan.config.team
         self.team_thread = (self.team_warp << 5) + emitter.lane
-        self.staging = emitter.shared + self.team * plan.buffer_bytes
+        self.staging = staging + self.team * plan.buffer_bytes
         lane, length = emitter.lane, plan.grid.layout.vector_len
         # Where a thread's entries of the first tile lie in the buffer: run, then output (see layout._to_streams).
         first_row = emitter.plane * 8 if plan.grid.planes == 2 else ((lane >> 3) & 1) * length
@@ -169,6 +154,45 @@ class _Decoder:
 
         carry = unit + ([start.group] if several else [])
         ptx.loop(emitter.first, emitter.stop, [value.value for value in carry], body)
+
+    def run_claimed(self, claims: Pointer, until: int, counts: Pointer, place: Int) -> None:
+        """Decodes slabs that it claims one by one, and counts those of each row group.
+
+        It claims no more once the slabs before `until` are claimed. `place` is the address of a word of
+        shared memory.
+        """
+        total = self.plan.total
+
+        def claim(previous: Int) -> Int:
+            return ptx.add_and_fetch(claims, 1, ptx.both(self.team_thread < 1, previous < until))
+
+        def share(claimed: Int, previous: Int) -> Int:
+            with ptx.when(self.team_thread < 1):
+                ptx.store_shared(place, [claimed])
+            self._synchronize()
+            return ptx.select(previous < until, ptx.load_shared(place, 1)[0], total)
+
+        def more(carry: list) -> Any:
+            return Int(carry[0]) < total
+
+        def body(carry: list) -> list:
+            index, following, *unit = [Int(value) for value in carry]
+            claimed = claim(following)
+            loaded = self._load(Slab(self.emitter, following.minimum(total - 1)))
+            slab = Slab(self.emitter, index)
+            self._unit(slab, unit)
+            ptx.fence_copies()
+            claimed = share(claimed, following)  # All threads have written the slab, too.
+            with ptx.when(self.team_thread < 1):
+                ptx.add_release(counts.at(slab.row_group, 4), 1)
+            return [value.value for value in [following, claimed, *loaded]]
+
+        first = ptx.constant(0)
+        index = share(claim(first), first)
+        unit = self._load(Slab(self.emitter, index.minimum(total - 1)))
+        self._synchronize()
+        following = share(claim(index), index)
+        ptx.loop_while([value.value for value in [index, following, *unit]], more, body)
 
     def _load(self, slab: Slab) -> list[Int]:
         """A unit's words; then, for the thread's column of every step, its original index; then their scales."""
@@ -204,7 +228,7 @@ class _Decoder:
             self._upload(row, self._target(slab, step, indices[step]))
 
     def _synchronize(self) -> None:
-        ptx.named_barrier(self.team + 1, 32 * self.plan.config.team)
+        ptx.named_barrier(self.team + self.barrier, 32 * self.plan.config.team)
 
     def _offset(self, index: Int) -> Any:
         if not self.emitter.operands.offsets:
@@ -274,7 +298,7 @@ class _Decoder:
             if upload.exists is not None:
                 valid = ptx.both(valid, upload.exists)
             with ptx.when(valid):
-                place = self.emitter.output.at(target, self.width * 2).at(start, 2)
+                place = self.emitter.outputs[0].at(target, self.width * 2).at(start, 2)
                 ptx.store_global(place, ptx.load_shared(upload.source, 4), evict_first=early)
 
     def _uploads(self) -> list[_Upload]:

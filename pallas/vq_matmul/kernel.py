@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -133,15 +133,28 @@ class _Piece:
     valid: Any
 
 
+class Crew(NamedTuple):
+    """The threads that run a plan: all of a block, or some of them.
+
+    Attributes:
+        thread: the running one's number among them.
+        threads: how many.
+        barrier: emits the wait for all of them.
+    """
+
+    thread: Int
+    threads: int
+    barrier: Callable[[], None]
+
+
 class Emitter:
     """Emits the kernel; holds what every step needs. `outputs` are partial sums and, if any, offset shares."""
 
-    def __init__(self, plan: Plan, operands: Operands, outputs: list[Pointer], shared: Int):
+    def __init__(self, plan: Plan, operands: Operands, outputs: list[Pointer], shared: Int, crew: Crew | None = None):
         self.plan, self.operands, self.outputs, self.shared = plan, operands, outputs, shared
-        self.output = outputs[0]
+        self.thread, self.threads, self.barrier = crew or Crew(ptx.thread_index(), plan.warps * 32, ptx.barrier)
         self.tables = list(zip(*operands.tables, strict=True))
         self.books = plan.books
-        self.thread = ptx.thread_index()
         self.block = ptx.block_index()
         self.lane = self.thread & 31
         self.warp = self.thread >> 5
@@ -170,10 +183,6 @@ class Emitter:
         if len(book.planes) > 1:
             base = base + self.plane * (book.planes[1] - book.planes[0])
         return base + (self.lane & (book.replicas - 1)) * 16 if book.replicas > 1 else base
-
-    @property
-    def threads(self) -> int:
-        return self.plan.warps * 32
 
     def run(self) -> None:
         plan, first, stop = self.plan, self.first, self.stop
@@ -326,7 +335,7 @@ class Emitter:
 
     def _finish_tables(self) -> None:
         ptx.wait_copies(0)
-        ptx.barrier()
+        self.barrier()
 
     def _copy_pieces(self, target: Int, source: Pointer, count: int, planes: int = 1) -> None:
         """Starts copies of 16 bytes each from places side by side; `target` is that of the thread's first."""
@@ -551,7 +560,7 @@ class Emitter:
                     value = ptx.load_shared_float(source)
                     for warp in range(1, plan.column_warps):
                         value = ptx.add(value, ptx.load_shared_float(source + warp * (rows * unit_rows * 4)))
-                    place = self.output.at(
+                    place = self.outputs[0].at(
                         ((base_slot + slot) * plan.rows + row + 8 * n) * plan.out_features + column + out_row, 4
                     )
                     ptx.store_global_float(place, value)

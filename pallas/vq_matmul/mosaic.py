@@ -13,10 +13,12 @@ from jaxtyping import Array, Float
 
 from vptq_jax.pallas import device
 from vptq_jax.pallas.vq_matmul import layout as kernel_layout
+from vptq_jax.pallas.vq_matmul import overlap
 from vptq_jax.pallas.vq_matmul.dequantize import DecodeConfig, DecodePlan, transposed_weight
 from vptq_jax.pallas.vq_matmul.kernel import Operands, partial_products
 from vptq_jax.pallas.vq_matmul.layout import KernelArray
 from vptq_jax.pallas.vq_matmul.norm import RMS
+from vptq_jax.pallas.vq_matmul.overlap import OverlapPlan
 from vptq_jax.pallas.vq_matmul.plan import MAX_ROWS, MAX_ROWS_SHARED_TAIL, Config, Plan
 from vptq_jax.pallas.vq_matmul.tuning import tuned
 
@@ -88,8 +90,7 @@ def matmul(
     if x.shape[0] <= MAX_ROWS:
         return _fused(x, weights, config, norm)
     x = x if norm is None else norm(x)
-    decode_config = config if isinstance(config, DecodeConfig) else None
-    return tuple(_decode_once(x, weight, decode_config) for weight in weights)
+    return tuple(_dense_product(x, weight, config) for weight in weights)
 
 
 def _fused(
@@ -142,12 +143,33 @@ def _added(terms: Float[Array, "terms *shape"]) -> Float[Array, "*shape"]:
     return functools.reduce(operator.add, list(terms)) if terms.shape[0] <= _UNROLLED else terms.sum(axis=0)
 
 
-def _decode_once(x: Float[Array, "m in"], weight: KernelArray, config: DecodeConfig | None = None) -> Array:
-    """The dense product [m, out] with the weight written out in the dtype of its tables."""
+def make_overlap_plan(weight: KernelArray, rows: int, config: DecodeConfig | None = None) -> OverlapPlan:
+    """The division of the work of the launch that decodes a weight while it multiplies it."""
     plan = make_decode_plan(weight, config)
-    dense = transposed_weight(
-        plan, weight.words, _tables(weight), weight.columns, weight.column_scale, weight.centred_offset
+    return OverlapPlan(**{**vars(plan), "config": dataclasses.replace(plan.config, team=overlap.TEAM)}, x_rows=rows)
+
+
+def _dense_product(x: Float[Array, "m in"], weight: KernelArray, config: Config | None) -> Array:
+    """The product [m, out] with the weight written out in the dtype of its tables."""
+    operands = Operands(
+        [weight.words],
+        [_tables(weight)],
+        columns=[] if weight.columns is None else [weight.columns],
+        column_scales=[weight.column_scale],
+        offsets=[] if weight.centred_offset is None else [weight.centred_offset],
     )
+    config = config if isinstance(config, DecodeConfig) else None
+    plan = make_overlap_plan(weight, x.shape[0], config)
+    wanted = plan.worthwhile if plan.config.overlap is None else plan.config.overlap
+    if wanted and plan.supported and weight.outlier_indices is None:
+        return overlap.product(plan, x, operands)
+    return _decode_once(x, weight, operands, config)
+
+
+def _decode_once(
+    x: Float[Array, "m in"], weight: KernelArray, operands: Operands, config: DecodeConfig | None
+) -> Array:
+    dense = transposed_weight(make_decode_plan(weight, config), operands)
     if weight.outlier_indices is not None:
         columns, values = kernel_layout.outlier_weight(weight)
         padding = ((0, 0), (0, dense.shape[1] - weight.layout.out_features))

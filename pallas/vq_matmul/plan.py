@@ -189,6 +189,11 @@ class Plan:
         return sum(layout.out_features for layout in self.layouts)
 
     @property
+    def free_bytes(self) -> int:
+        """Shared memory that the plan may divide."""
+        return SHARED_MEMORY_BYTES - RESERVED_BYTES
+
+    @property
     def scratch_bytes(self) -> int:
         """Shared memory ahead of the codebooks: through it the warps of a block add their sums."""
         return self.warps * self.grid.unit_rows * self.tile_rows * 4
@@ -223,7 +228,7 @@ class Plan:
             tail = offset + sum(sizes) * ROW_BYTES
             heads = [offset, offset + sizes[0] * ROW_BYTES]
             return tuple(Book(size, bits[i], shifts[i], size, 1, (heads[i], tail), 0) for i, size in enumerate(sizes))
-        free = SHARED_MEMORY_BYTES - RESERVED_BYTES - offset
+        free = self.free_bytes - offset
         row = planes * ROW_BYTES
         ring = self.ring_bytes
         resident = [size * row for size in sizes]
@@ -312,7 +317,7 @@ class Plan:
             and self.rows <= (MAX_STAGED_ROWS if self.norm_eps is None else MAX_NORMALIZED_ROWS)
             and self.grid.layout.in_features % 8 == 0
             and self.staged_pieces <= _THREAD_PIECES * self.warps * 32
-            and self._staged_end <= SHARED_MEMORY_BYTES - RESERVED_BYTES
+            and self._staged_end <= self.free_bytes
         )
 
     @property
