@@ -45,9 +45,9 @@ def tune(spec: str, shape: tuple[int, int], rows: int) -> list[tuple[float, Conf
         sweep = itertools.product((1, 2, 4, 8, 16), (1, 2), (1024, 4096))
         configs = [Config(blocks, *values) for values in sweep]
     else:
-        configs = [
-            DecodeConfig(n * blocks, team=team, overlap=False) for n, team in itertools.product((1, 2), (4, 8, 16))
-        ]
+        sweep = itertools.product((1, 2), (4, 8, 16))
+        first = [DecodeConfig(n * blocks, team=team, overlap=False) for n, team in sweep]
+        configs = [*first, DecodeConfig(blocks, overlap=True)]
     found = []
     for config in configs:
         run = bench.product_of_each(lambda x, w, config=config: mosaic.matmul(x, [w], config)[0], x, weights)

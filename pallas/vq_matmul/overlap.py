@@ -12,6 +12,7 @@ that run, however many of them the device holds at once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -115,13 +116,17 @@ class OverlapPlan(DecodePlan):
 
     @property
     def worthwhile(self) -> bool:
-        """Whether it is faster than decoding first: a large weight and many rows (measured on an H100)."""
+        """Whether it is faster than decoding first: a large weight and many rows (measured on an H100).
+
+        The first tiles wait for their part of the weight, and the tensor cores lose a tenth of their
+        rate to the decoding beside them: a small weight is decoded in less.
+        """
         layout = self.grid.layout
         return self.x_rows >= _MIN_ROWS and layout.in_features * layout.out_features >= _MIN_WEIGHTS
 
 
 def product(plan: OverlapPlan, x: Float[Array, "m in"], operands: Operands) -> Float[Array, "m out"]:
-    """`x @ w.T` with the weight rounded to the dtype of x; sums are float32.
+    """`x @ w.T` in one launch, with the weight rounded to the dtype of x; sums are float32.
 
     Args:
         plan: the division of the work, `supported`.
@@ -189,7 +194,7 @@ def product(plan: OverlapPlan, x: Float[Array, "m in"], operands: Operands) -> F
                     stage = lax.rem(first_step + k, _STAGES)
 
                     @pl.when(first_step + k >= _STAGES)
-                    def _() -> None:
+                    def wait_for_room() -> None:
                         plgpu.barrier_wait(empty.at[stage])
 
                     piece = pl.ds(k * _DEPTH, _DEPTH)
@@ -217,9 +222,8 @@ def product(plan: OverlapPlan, x: Float[Array, "m in"], operands: Operands) -> F
             emit(*packed, dense, counts, shared, staging)
 
         def assist() -> None:
-            @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-            def _() -> None:
-                lax.cond(lax.axis_index("warp") == 0, fetch, lambda: decode(shared, (), first=False))
+            others = functools.partial(decode, shared, (), first=False)
+            plgpu.warp_map(lambda warp: lax.cond(warp == 0, fetch, others))
 
         # No tile is fetched yet: the teams stage in the memory of the tiles.
         decode(x_tiles, in_tiles, first=True)
