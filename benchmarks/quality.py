@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -58,18 +58,27 @@ def _nearest_only(W: Any, U: Any, codes: Any, segments: Any) -> Any:
     return codes, W - weight.decode_all(segments, codes)
 
 
-def _unscaled(W: Any, H: Any, damping: Any, slot_columns: Any, *, normalize: bool, permute: bool) -> Any:
-    """In place of `weight.prepare`: the column pass takes the Hessian of the weights before normalization."""
-    problem = _prepare(W, H, damping, slot_columns, normalize=normalize, permute=permute)
-    scale = problem.scale[problem.perm][np.maximum(slot_columns, 0)]
-    return dataclasses.replace(problem, U=problem.U * jnp.where(slot_columns >= 0, scale, 1))
+def _prepared(change: Callable[[Any, Any], dict[str, Any]]) -> Callable[..., Any]:
+    """In place of `weight.prepare`: fields of the problem replaced, given the problem and the scale of every slot."""
+
+    def prepare(W: Any, H: Any, damping: Any, slot_columns: Any, **options: Any) -> Any:
+        problem = _prepare(W, H, damping, slot_columns, **options)
+        scale = problem.scale[problem.perm][np.maximum(slot_columns, 0)]
+        return dataclasses.replace(problem, **change(problem, jnp.where(slot_columns >= 0, scale, 1)))
+
+    return prepare
 
 
-def _undamped(W: Any, H: Any, damping: Any, slot_columns: Any, *, normalize: bool, permute: bool) -> Any:
+def _undamped(W: Any, H: Any, damping: Any, slot_columns: Any, **options: Any) -> Any:
     """In place of `weight.prepare`: refinement in the Hessian as collected; only the column pass is damped."""
-    options = {"normalize": normalize, "permute": permute}
     problem = _prepare(W, H, damping, slot_columns, **options)
     return dataclasses.replace(problem, H=_prepare(W, H, 0.0, slot_columns, **options).H)
+
+
+def _prototype(*arguments: Any, **options: Any) -> Any:
+    """In place of `weight.prepare`: undamped refinement, and k-means weighted by the undamped Hessian."""
+    problem = _undamped(*arguments, **options)
+    return dataclasses.replace(problem, importance=jnp.diag(problem.H))
 
 
 def _range(W: Any) -> tuple[Any, Any]:
@@ -78,29 +87,19 @@ def _range(W: Any) -> tuple[Any, Any]:
     return jnp.maximum(highest - lowest, 1e-9), lowest
 
 
-def _diagonal(problem: Any) -> Any:
-    """In place of `weight._importance`: k-means weighted as in the paper."""
-    return jnp.diag(problem.H)
-
-
-def _relative(problem: Any) -> Any:
-    """In place of `weight._importance`: costs in units of each column's scale (one group, no outliers)."""
-    scale = problem.scale[problem.perm]
-    scale = jnp.pad(scale, (0, len(problem.U) - len(scale)), constant_values=1)
-    return _importance(problem) / jnp.square(scale)
-
-
-_prepare, _importance = weight.prepare, weight._importance
+_prepare = weight.prepare
 STEPS: dict[str, dict[str, Any]] = {
     "k-means only": {"column_pass": _nearest_only},
-    "unscaled Hessian": {"prepare": _unscaled},
+    # The column pass takes the Hessian of the weights before normalization.
+    "unscaled Hessian": {"prepare": _prepared(lambda problem, scale: {"U": problem.U * scale})},
 }
 CHOICES: dict[str, dict[str, Any]] = {
     "range": {"normalization": _range},
-    "diag(H)": {"_importance": _diagonal},
-    "relative": {"_importance": _relative},
+    # k-means weighted as in the paper; by costs of errors of the weight itself, not in units of a column's scale.
+    "diag(H)": {"prepare": _prepared(lambda problem, _: {"importance": jnp.diag(problem.H)})},
+    "absolute": {"prepare": _prepared(lambda problem, scale: {"importance": problem.importance * scale**2})},
     "undamped refinement": {"prepare": _undamped},
-    "prototype": {"normalization": _range, "_importance": _diagonal, "prepare": _undamped},
+    "prototype": {"normalization": _range, "prepare": _prototype},
 }
 
 

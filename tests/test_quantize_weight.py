@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vptq_jax.quantize.weight import quantize_weight, search
+from vptq_jax.quantize.columns import arrange
+from vptq_jax.quantize.weight import prepare, quantize_weight, search
 from vptq_jax.spec import VQSpec
 
 FAST = {"kmeans_iters": 8, "rounds": 1}
@@ -108,6 +109,23 @@ def test_the_scale_of_weight_and_hessian_does_not_matter():
     a, _ = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), **FAST)
     b, _ = quantize_weight(W * 2.0**-12, H * 2.0**20, "v4-k16", key=jax.random.key(0), **FAST)
     np.testing.assert_allclose(np.asarray(a.dequantize()) * 2.0**-12, b.dequantize(), rtol=1e-3, atol=1e-6)
+
+
+def test_importance_is_the_compensated_cost():
+    """In k-means an error counts by what it costs once the columns behind it have compensated; dead inputs by nothing."""
+    W, H = operator(24, 32)
+    H[5] = H[:, 5] = 0  # A dead input.
+    columns = arrange(VQSpec.parse("v4-k16-o12.5v2k8").layout(24, 32))[1]
+    problem = prepare(jnp.asarray(W), jnp.asarray(H), 0.01, columns, normalize=True, permute=True)
+    H = np.asarray(H, np.float64)
+    live = np.diag(H) > 0
+    H += np.diag(np.where(live, 0.01 * np.diag(H)[live].mean(), 1))
+    perm = np.asarray(problem.perm)
+    H = H[perm][:, perm]
+    # What is left of H_qq when the columns behind q are minimized over: a Schur complement.
+    cost = [H[q, q] - H[q, q + 1 :] @ np.linalg.solve(H[q + 1 :, q + 1 :], H[q + 1 :, q]) for q in range(32)]
+    expected = np.where(live[perm], cost, 0)[np.maximum(columns, 0)]
+    np.testing.assert_allclose(problem.importance, np.where(columns >= 0, expected, 0), rtol=1e-4)
 
 
 def test_rows_that_only_pad_do_not_disturb():

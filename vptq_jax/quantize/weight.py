@@ -34,6 +34,7 @@ class Problem:
         W: W'^T, float32 [slots, rows].
         H: regularized Hessian of the normalized problem, diag(s) H diag(s), float32 [slots, slots].
         U: upper triangular, H^-1 = U^T U.
+        importance: weight of each column's squared error in k-means, float32 [slots].
         scale: s, float32 [in_features] in original column order.
         offset: o, float32 [in_features] in original column order.
         perm: original column of each permuted column, int32 [in_features].
@@ -44,6 +45,7 @@ class Problem:
     W: Float[Array, "slots rows"]
     H: Float[Array, "slots slots"]
     U: Float[Array, "slots slots"]
+    importance: Float[Array, " slots"]
     scale: Float[Array, " in"]
     offset: Float[Array, " in"]
     perm: Array
@@ -249,18 +251,31 @@ def prepare(
     slot_scale = scale[perm][columns]
     slot_W = ((W - offset) / scale).T[perm][columns]
     eye = jnp.eye(len(slot_columns), dtype=jnp.float32)
+    slot_U = U[columns][:, columns]
     slot_H = (H + extra * diagonal.mean() * jnp.eye(len(H)))[columns][:, columns] * slot_scale * slot_scale[:, None]
     return Problem(
         W=jnp.where(filled[:, None], slot_W, 0),
         H=jnp.where(both, slot_H, 0),
         # (S H S)^-1 = (U S^-1)^T (U S^-1): the scale never enters the factorization.
-        U=jnp.where(both, U[columns][:, columns] / slot_scale, eye),
+        U=jnp.where(both, slot_U / slot_scale, eye),
+        importance=jnp.where(filled & ~dead[perm][columns], compensated_cost(slot_U), 0),
         scale=scale,
         offset=offset,
         perm=perm,
         dead=dead,
         damping=damping + extra,
     )
+
+
+def compensated_cost(U: Float[Array, "n n"]) -> Float[Array, " n"]:
+    """What a squared error in each column costs once the columns behind it have compensated for it: 1 / U_qq^2.
+
+    The loss of the column pass is the sum of these costs; the paper weights k-means by diag(H), as if nothing were
+    compensated. They are taken before normalization: errors count in units of their column's scale. Errors of the
+    weight itself would add the scale squared, which leaves the proxy error of nearly all layers as it is and more
+    perplexity, the more the smaller the codebooks are (measured: benchmarks/RESULTS.md).
+    """
+    return 1 / jnp.square(jnp.diag(U))
 
 
 def normalization(W: Float[Array, "out in"]) -> tuple[Float[Array, " in"], Float[Array, " in"]]:
@@ -280,7 +295,7 @@ def initial_codebooks(
     return tuple(
         Codes(
             codebook=train_codebooks(
-                problem.W, _importance(problem), jax.random.fold_in(key, i), segment,
+                problem.W, problem.importance, jax.random.fold_in(key, i), segment,
                 segment.num_centroids, iterations, samples_per_centroid,
             ),
             res_codebook=None,
@@ -303,20 +318,10 @@ def residual_codebook(
     """Adds residual codebooks to the main segment, trained on what the column pass left over."""
     segment = segments[-1]
     res_codebook = train_codebooks(
-        errors, _importance(problem), jax.random.fold_in(key, len(segments)), segment,
+        errors, problem.importance, jax.random.fold_in(key, len(segments)), segment,
         segment.num_res_centroids, iterations, samples_per_centroid,
     )  # fmt: skip
     return (*codes[:-1], dataclasses.replace(codes[-1], res_codebook=res_codebook))
-
-
-def _importance(problem: Problem) -> Float[Array, " slots"]:
-    """What a squared error in each column costs after the columns behind it have compensated for it: 1 / U_qq^2.
-
-    The loss of the column pass is exactly the sum of these costs; the paper weights by diag(H), as if nothing
-    were compensated.
-    """
-    cost = 1 / jnp.square(jnp.diag(problem.U))
-    return jnp.where(jnp.diag(problem.H) > 0, cost, 0)
 
 
 def train_codebooks(
