@@ -112,7 +112,7 @@ def test_the_scale_of_weight_and_hessian_does_not_matter():
 
 
 def test_importance_is_the_compensated_cost():
-    """In k-means an error counts by what it costs once the columns behind it have compensated; dead inputs by nothing."""
+    """Errors weigh in k-means what they cost once the columns behind them have compensated; dead inputs nothing."""
     W, H = operator(24, 32)
     H[5] = H[:, 5] = 0  # A dead input.
     columns = arrange(VQSpec.parse("v4-k16-o12.5v2k8").layout(24, 32))[1]
