@@ -278,11 +278,11 @@ def add_release(pointer: Pointer, value: int) -> None:
 
 def wait_count(pointer: Pointer, value: int) -> None:
     """Waits until a counter in device memory has reached a value; copies started later see what came before it."""
-    poll = "ld.acquire.gpu.global.u32 v,[$0]; setp.lt.u32 p,v,$1; @p bra poll;".replace("$1", str(value))
+    poll = f"ld.acquire.gpu.global.u32 v,[$0]; setp.lt.u32 p,v,{value}; @p bra poll;"
     _asm([], [pointer.value], f"{{.reg .pred p; .reg .u32 v; poll: {poll} fence.proxy.async;}}", "l")
 
 
-def add_and_fetch(pointer: Pointer, value: int, condition: ir.Value) -> Int:
+def fetch_and_add(pointer: Pointer, value: int, condition: ir.Value) -> Int:
     """Adds to a counter in device memory, if the condition holds, and gives what it was; else 0."""
     flag = arith.extui(_i32(), condition)
     add = f"@p atom.relaxed.gpu.global.add.u32 $0,[$1],{value};"

@@ -30,6 +30,26 @@ CASES = [
     ("v12-k4096-4096-g4-o1v4k4096", 96, 400),
 ]
 
+TOLERANCE = {jnp.bfloat16: 4e-3, jnp.float16: 1e-3}
+
+
+def activations(rows, columns, dtype=jnp.bfloat16):
+    """Normal values, those of one number of rows always the same."""
+    return jnp.asarray(np.random.default_rng(rows).normal(size=(rows, columns)), dtype)
+
+
+def lower(function, *arguments):
+    """The text of a function's lowering to CUDA, which holds a kernel."""
+    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    return text
+
+
+def poison():
+    """Leaves NaN in the memory that the next outputs will take."""
+    garbage = [jnp.full(1 << 26, jnp.nan) for _ in range(4)]
+    jax.block_until_ready(garbage)
+
 
 def random_weight(spec: str, out_features: int, in_features: int, dtype=jnp.bfloat16, seed: int = 0) -> VQArray:
     """A weight with random indices; columns stored as minimum and range, as published checkpoints have them."""

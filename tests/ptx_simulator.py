@@ -264,7 +264,7 @@ class _Machine:
     def store_global_float(self, pointer, value):
         self._store(self._memory, pointer, [np.float32(value)])
 
-    def add_and_fetch(self, pointer, value, condition):
+    def fetch_and_add(self, pointer, value, condition):
         found = np.zeros(len(self._mask), np.uint32)
         with self.when(condition):
             places = np.broadcast_to(pointer.value, self._mask.shape)
@@ -275,7 +275,7 @@ class _Machine:
         return Int(found)
 
     def add_release(self, pointer, value):
-        self.add_and_fetch(pointer, value, True)
+        self.fetch_and_add(pointer, value, True)
 
     def store_shared(self, address, words):
         self._store(self._shared, address, [word.value for word in words])

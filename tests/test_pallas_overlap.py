@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import ptx_simulator
 import pytest
-from pallas_cases import float64_product, random_weight, relative_error
+from pallas_cases import TOLERANCE, activations, float64_product, lower, poison, random_weight, relative_error
 
 from vptq_jax.pallas import ptx
 from vptq_jax.pallas.launch import launch
@@ -13,7 +13,6 @@ from vptq_jax.pallas.vq_matmul import api, mosaic, overlap, relayout, vq_matmul
 from vptq_jax.pallas.vq_matmul import dequantize as decoding
 from vptq_jax.pallas.vq_matmul import kernel as product_kernel
 from vptq_jax.pallas.vq_matmul.dequantize import DecodeConfig
-from vptq_jax.pallas.vq_matmul.kernel import Operands
 
 OVERLAP = DecodeConfig(overlap=True)
 # Every kind of run that a team writes: vectors of one and of two tables, odd ones, one and two codebooks; without
@@ -28,10 +27,6 @@ CASES = [
     ("v12-k256-16", 448, 128),
     ("v5-k32-nonorm-noperm", 384, 192),
 ]
-
-
-def _x(rows, columns, dtype=jnp.bfloat16):
-    return jnp.asarray(np.random.default_rng(rows).normal(size=(rows, columns)), dtype)
 
 
 def _plan(spec, out_features, in_features, rows=2048):
@@ -67,9 +62,7 @@ def test_not_supported(spec, out_features, in_features, rows):
 def _launches(spec, out_features, in_features, rows, config=None):
     kernel = jax.eval_shape(relayout, random_weight(spec, out_features, in_features))
     x = jax.ShapeDtypeStruct((rows, in_features), jnp.bfloat16)
-    product = jax.jit(lambda x, w: mosaic.matmul(x, [w], config)[0])
-    text = product.trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
-    assert "mosaic_gpu" in text
+    text = lower(lambda x, w: mosaic.matmul(x, [w], config)[0], x, kernel)
     return "overlapped" if "dot_general" not in text else "decoded first"
 
 
@@ -93,15 +86,13 @@ def test_lowers_inside_loops_and_shard_map(monkeypatch):
     monkeypatch.setattr(overlap, "_MIN_WEIGHTS", 0)
     monkeypatch.setattr(api, "_why_not_mosaic", lambda *_: None)
     kernel = relayout(random_weight("v8-k256", 128, 128))
-    x = _x(1024, 128)
+    x = activations(1024, 128)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.shard_map(
         vq_matmul, mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P("data"), check_vma=False
     )
     for function in (split, lambda x, w: jax.lax.fori_loop(0, 3, lambda _, x: vq_matmul(x, w), x)):
-        text = jax.jit(function).trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
-        assert "mosaic_gpu" in text
-        assert "dot_general" not in text
+        assert "dot_general" not in lower(function, x, kernel)
 
 
 # --- decoding by claims, on a simulator ---------------------------------------------------------
@@ -110,14 +101,7 @@ def test_lowers_inside_loops_and_shard_map(monkeypatch):
 def _decoded_by_claims(kernel, blocks, rows):
     """What the blocks decode before and beside the product, [in, out], and the counts of slabs."""
     plan = mosaic.make_overlap_plan(kernel, rows, DecodeConfig(blocks=blocks))
-    operands = Operands(
-        [kernel.words],
-        [mosaic._tables(kernel)],
-        columns=[] if kernel.columns is None else [kernel.columns],
-        column_scales=[kernel.column_scale],
-        offsets=[] if kernel.centred_offset is None else [kernel.centred_offset],
-    )
-    arrays, structure = jax.tree.flatten(operands)
+    arrays, structure = jax.tree.flatten(mosaic.decode_operands(kernel))
     slots = plan.row_groups[0] + 1
 
     def emit(pointers, shared):
@@ -167,13 +151,11 @@ def test_claims_decode_every_slab_once(monkeypatch, spec, out_features, in_featu
 def test_agrees_with_float64(spec, out_features, in_features, rows, dtype):
     """Fewer tiles than blocks, and several for each; rows that end within a tile."""
     weight = random_weight(spec, out_features, in_features, dtype)
-    x = _x(rows, in_features, dtype)
+    x = activations(rows, in_features, dtype)
     kernel = relayout(weight)
     product = jax.jit(lambda x, w: mosaic.matmul(x, [w], OVERLAP)[0])
-    garbage = [jnp.full(1 << 26, jnp.nan) for _ in range(4)]  # In the memory that the outputs will take.
-    jax.block_until_ready(garbage)
-    del garbage
+    poison()
     found = product(x, kernel)
-    assert relative_error(found, float64_product(x, weight)) <= (4e-3 if dtype == jnp.bfloat16 else 1e-3)
+    assert relative_error(found, float64_product(x, weight)) <= TOLERANCE[dtype]
     for _ in range(5):
         np.testing.assert_array_equal(found, product(x, kernel))

@@ -10,7 +10,16 @@ import ptx_simulator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pallas_cases import CASES, float64_product, random_weight, relative_error
+from pallas_cases import (
+    CASES,
+    TOLERANCE,
+    activations,
+    float64_product,
+    lower,
+    poison,
+    random_weight,
+    relative_error,
+)
 
 from vptq_jax.pallas.vq_matmul import (
     RMS,
@@ -39,11 +48,6 @@ SIMULATED_CASES = [
     ("v14-k256", 300, 64),
     ("v6-k4096", 1700, 128),
 ]
-TOLERANCE = {jnp.bfloat16: 4e-3, jnp.float16: 1e-3}
-
-
-def _x(rows, columns, dtype=jnp.bfloat16):
-    return jnp.asarray(np.random.default_rng(rows).normal(size=(rows, columns)), dtype)
 
 
 def _assert_same(first, second):
@@ -197,24 +201,18 @@ def test_tuning_table_is_not_stale():
 # --- lowering -----------------------------------------------------------------------------------
 
 
-def _lower(function, *arguments):
-    text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    assert "mosaic_gpu" in text
-    return text
-
-
 @pytest.mark.parametrize(("spec", "out_features", "in_features"), CASES)
 @pytest.mark.parametrize("rows", [1, 64, 100])
 def test_lowers_to_cuda(spec, out_features, in_features, rows):
     kernel = jax.eval_shape(relayout, random_weight(spec, out_features, in_features))
     x = jax.ShapeDtypeStruct((rows, in_features), jnp.bfloat16)
-    _lower(lambda x, w: mosaic.matmul(x, [w]), x, kernel)
+    lower(lambda x, w: mosaic.matmul(x, [w]), x, kernel)
 
 
 def test_alike_weights_share_one_launch():
     order = Order(4, 4)
     kernels = [relayout(random_weight("v8-k256-256", out, 256, seed=out), order) for out in (128, 64, 64)]
-    text = _lower(lambda x, w: api._matmuls(x, w), _x(3, 256), kernels)
+    text = lower(lambda x, w: api._matmuls(x, w), activations(3, 256), kernels)
     assert text.count("mosaic_gpu_v2") == 1 or text.count("custom_call @mosaic_gpu") == 1
 
 
@@ -234,7 +232,7 @@ def test_simulated_kernel_agrees_with_float64(simulator, spec, out_features, in_
     weight = random_weight(spec, out_features, in_features)
     kernel = relayout(weight)
     for rows in (1, 20, 100):
-        x = _x(rows, in_features)
+        x = activations(rows, in_features)
         assert relative_error(mosaic.matmul(x, [kernel])[0], float64_product(x, weight)) <= TOLERANCE[jnp.bfloat16]
 
 
@@ -242,7 +240,7 @@ def test_simulated_kernel_agrees_with_float64(simulator, spec, out_features, in_
 @pytest.mark.parametrize("rows", [1, 100])
 def test_simulated_kernel_in_float16(simulator, spec, rows):
     weight = random_weight(spec, 100, 132, jnp.float16)
-    x = _x(rows, 132, jnp.float16)
+    x = activations(rows, 132, jnp.float16)
     found = mosaic.matmul(x, [relayout(weight)])[0]
     assert relative_error(found, float64_product(x, weight)) <= TOLERANCE[jnp.float16]
 
@@ -261,7 +259,7 @@ def test_simulated_kernel_of_several_weights(simulator, blocks):
     """With fewer blocks than shares of the offsets, and with more."""
     weights = [random_weight("v8-k256-256-g2", out, 512, seed=out) for out in (200, 128)]
     kernels = [relayout(weight, Order(4, 4)) for weight in weights]
-    x = _x(2, 512)
+    x = activations(2, 512)
     for product, weight in zip(mosaic.matmul(x, kernels, Config(blocks=blocks)), weights, strict=True):
         assert relative_error(product, float64_product(x, weight)) <= TOLERANCE[jnp.bfloat16]
 
@@ -278,7 +276,7 @@ def test_simulated_staging_changes_nothing(simulator, spec, outs, in_features, b
     kernels = [relayout(random_weight(spec, out, in_features, seed=out), Order(2, 4)) for out in outs]
     assert (kernels[0].columns is None) == ("noperm" in spec)
     for rows in (1, 3):
-        x = _x(rows, in_features)
+        x = activations(rows, in_features)
         config = Config(blocks=blocks)
         plan = mosaic.make_plan(kernels, rows, config)
         assert plan.stage_x
@@ -303,7 +301,7 @@ def test_simulated_staging_changes_nothing(simulator, spec, outs, in_features, b
 def test_simulated_kernel_normalizes(simulator, spec, outs, in_features, rows, in_kernel):
     weights = [random_weight(spec, out, in_features, seed=out) for out in outs]
     kernels = [relayout(weight, Order(2, 4)) for weight in weights]
-    x = 30 * _x(rows, in_features)
+    x = 30 * activations(rows, in_features)
     norm = RMS(jnp.asarray(np.random.default_rng(9).normal(1, 0.3, in_features), jnp.bfloat16), 0.5)
     for config in (Config(blocks=1), Config(blocks=3)):
         assert (mosaic.make_plan(kernels, rows, config, norm).norm_eps is not None) == in_kernel
@@ -323,7 +321,7 @@ def _normalized_product(x, norm, weight):
 @pytest.mark.parametrize(("spec", "out_features", "in_features"), CASES[:1] + CASES[-2:])
 def test_xla_takes_either_order(spec, out_features, in_features):
     weight = random_weight(spec, out_features, in_features)
-    x = _x(3, in_features)
+    x = activations(3, in_features)
     expected = vq_matmul(x, weight, implementation="xla")
     np.testing.assert_array_equal(expected, vq_matmul(x, relayout(weight), implementation="xla"))
     assert relative_error(expected, float64_product(x, weight)) < 4e-3
@@ -331,7 +329,7 @@ def test_xla_takes_either_order(spec, out_features, in_features):
 
 def test_several_weights_and_leading_axes():
     weights = [random_weight("v8-k16", out, 96, seed=out) for out in (40, 24)]
-    x = _x(6, 96).reshape(2, 3, 96)
+    x = activations(6, 96).reshape(2, 3, 96)
     first, second = vq_matmuls(x, weights)
     assert first.shape == (2, 3, 40)
     np.testing.assert_array_equal(second, vq_matmul(x, weights[1]))
@@ -339,7 +337,7 @@ def test_several_weights_and_leading_axes():
 
 def test_norm_comes_first():
     weights = [random_weight("v8-k16", out, 96, seed=out) for out in (40, 24)]
-    x, norm = _x(6, 96), RMS(_x(1, 96)[0], 1e-5)
+    x, norm = activations(6, 96), RMS(activations(1, 96)[0], 1e-5)
     for implementation in (None, "xla"):
         for found, weight in zip(
             vq_matmuls(x, weights, norm=norm, implementation=implementation), weights, strict=True
@@ -367,7 +365,7 @@ def test_bad_input_is_named():
 def test_mosaic_on_cpu_says_why_not():
     weight = random_weight("v8-k16", 40, 96)
     with pytest.raises(NotImplementedError, match="'cpu'"):
-        vq_matmul(_x(2, 96), weight, implementation="mosaic")
+        vq_matmul(activations(2, 96), weight, implementation="mosaic")
 
 
 def test_the_choice_is_logged_once(caplog):
@@ -375,7 +373,7 @@ def test_the_choice_is_logged_once(caplog):
     weight = random_weight("v8-k16", 40, 96)
     with caplog.at_level(logging.INFO, logger="vptq_jax"):
         for _ in range(3):
-            vq_matmul(_x(2, 96), weight)
+            vq_matmul(activations(2, 96), weight)
     assert len([r for r in caplog.records if "vq_matmul runs as" in r.message]) == 1
 
 
@@ -402,7 +400,7 @@ def test_derivatives_are_those_of_the_reference(stand_in):
         relayout(jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, weight)),
         **{name: getattr(weight, name) for name in api._FLOATS},
     )
-    x = _x(3, 34, jnp.float32)
+    x = activations(3, 34, jnp.float32)
     names = api._FLOATS
 
     def loss(x, floats, base, implementation):
@@ -419,7 +417,7 @@ def test_derivatives_through_the_norm(stand_in):
     weights = [random_weight("v4-k16-8", out, 34, seed=out) for out in (20, 12)]
     order = choose_order([weight.layout for weight in weights])
     kernels = [relayout(weight, order) for weight in weights]
-    x, norm = _x(3, 34, jnp.float32), RMS(_x(1, 34, jnp.float32)[0], 1e-5)
+    x, norm = activations(3, 34, jnp.float32), RMS(activations(1, 34, jnp.float32)[0], 1e-5)
 
     def loss(x, norm, weights, implementation):
         products = vq_matmuls(x, weights, norm=norm, implementation=implementation)
@@ -432,7 +430,7 @@ def test_derivatives_through_the_norm(stand_in):
 
 def test_vmap_over_x_adds_rows(stand_in):
     kernel = relayout(random_weight("v8-k16", 40, 96))
-    x, norm = _x(12, 96).reshape(3, 4, 96), RMS(_x(1, 96)[0], 1e-5)
+    x, norm = activations(12, 96).reshape(3, 4, 96), RMS(activations(1, 96)[0], 1e-5)
     np.testing.assert_array_equal(jax.vmap(lambda x: vq_matmul(x, kernel))(x), vq_matmul(x, kernel))
     np.testing.assert_array_equal(
         jax.vmap(lambda x: vq_matmuls(x, [kernel], norm=norm)[0])(x), vq_matmuls(x, [kernel], norm=norm)[0]
@@ -442,9 +440,9 @@ def test_vmap_over_x_adds_rows(stand_in):
 def test_vmap_over_weights(stand_in):
     kernels = [relayout(random_weight("v8-k16", 40, 96, seed=seed)) for seed in (0, 1)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *kernels)
-    x = _x(4, 96)
+    x = activations(4, 96)
     batched = jax.vmap(vq_matmul, in_axes=(None, 0))(x, stacked)
-    norms = RMS(_x(2, 96), 1e-5)
+    norms = RMS(activations(2, 96), 1e-5)
     normalized = jax.vmap(lambda norm, weight: vq_matmuls(x, [weight], norm=norm)[0])(norms, stacked)
     for i, kernel in enumerate(kernels):
         np.testing.assert_array_equal(batched[i], vq_matmul(x, kernel))
@@ -454,7 +452,7 @@ def test_vmap_over_weights(stand_in):
 
 def test_inside_while_loop(stand_in):
     kernel = relayout(random_weight("v8-k16", 96, 96))
-    x = _x(2, 96)
+    x = activations(2, 96)
 
     @jax.jit
     def three_times(x, kernel):
@@ -472,23 +470,17 @@ def test_inside_while_loop(stand_in):
 def test_lowers_inside_loops_and_shard_map(monkeypatch, rows):
     monkeypatch.setattr(api, "_why_not_mosaic", lambda *_: None)
     kernel = relayout(random_weight("v8-k256", 96, 96))
-    x = _x(rows, 96)
-    _lower(lambda x, w: jax.lax.fori_loop(0, 3, lambda _, x: vq_matmul(x, w), x), x, kernel)
-    _lower(lambda x, w: jax.value_and_grad(lambda x: vq_matmul(x, w).sum().astype(jnp.float32))(x), x, kernel)
+    x = activations(rows, 96)
+    lower(lambda x, w: jax.lax.fori_loop(0, 3, lambda _, x: vq_matmul(x, w), x), x, kernel)
+    lower(lambda x, w: jax.value_and_grad(lambda x: vq_matmul(x, w).sum().astype(jnp.float32))(x), x, kernel)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.shard_map(
         vq_matmul, mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P("data"), check_vma=False
     )
-    _lower(split, x, kernel)
+    lower(split, x, kernel)
 
 
 # --- on a GPU -----------------------------------------------------------------------------------
-
-
-def _poison():
-    """Leaves NaN in the memory that the next outputs will take."""
-    garbage = [jnp.full(1 << 26, jnp.nan) for _ in range(4)]
-    jax.block_until_ready(garbage)
 
 
 @pytest.mark.gpu
@@ -497,9 +489,9 @@ def _poison():
 @pytest.mark.parametrize("rows", [1, 8, 64, 100])
 def test_kernel_agrees_with_float64(spec, out_features, in_features, rows, dtype):
     weight = random_weight(spec, out_features, in_features, dtype)
-    x = _x(rows, in_features, dtype)
+    x = activations(rows, in_features, dtype)
     product = jax.jit(lambda x, w: vq_matmul(x, w))
-    _poison()
+    poison()
     found = product(x, relayout(weight))
     assert relative_error(found, float64_product(x, weight)) <= TOLERANCE[dtype]
     np.testing.assert_array_equal(found, product(x, relayout(weight)))
@@ -510,7 +502,7 @@ def test_kernel_agrees_with_float64(spec, out_features, in_features, rows, dtype
 def test_kernel_of_several_weights(groups):
     weights = [random_weight(f"v8-k256-256-g{groups}", out, 512, seed=out) for out in (384, 128, 200)]
     order = choose_order([weight.layout for weight in weights])
-    x = _x(2, 512)
+    x = activations(2, 512)
     products = vq_matmuls(x, [relayout(weight, order) for weight in weights])
     for product, weight in zip(products, weights, strict=True):
         assert relative_error(product, float64_product(x, weight)) <= 4e-3
@@ -522,9 +514,9 @@ def test_kernel_of_several_weights(groups):
 def test_kernel_normalizes(spec, rows):
     weights = [random_weight(spec, out, 520, seed=out) for out in (384, 200)]
     order = choose_order([weight.layout for weight in weights])
-    x, norm = 30 * _x(rows, 520), RMS(1 + 0.3 * _x(1, 520)[0], 0.5)
+    x, norm = 30 * activations(rows, 520), RMS(1 + 0.3 * activations(1, 520)[0], 0.5)
     products = jax.jit(lambda x, w, norm: vq_matmuls(x, w, norm=norm))
-    _poison()
+    poison()
     kernels = [relayout(weight, order) for weight in weights]
     for product, weight in zip(products(x, kernels, norm), weights, strict=True):
         assert relative_error(product, _normalized_product(x, norm, weight)) <= 4e-3
@@ -533,7 +525,7 @@ def test_kernel_normalizes(spec, rows):
 @pytest.mark.gpu
 def test_kernel_takes_checkpoint_order_and_differentiates():
     weight = random_weight("v8-k256-256", 256, 512)
-    x = _x(4, 512)
+    x = activations(4, 512)
 
     def gradient(implementation):
         return jax.grad(lambda x: vq_matmul(x, weight, implementation=implementation).astype(jnp.float32).sum())(x)

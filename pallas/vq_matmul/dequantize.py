@@ -164,7 +164,7 @@ class Decoder:
         total = self.plan.total
 
         def claim(previous: Int) -> Int:
-            return ptx.add_and_fetch(claims, 1, ptx.both(self.team_thread < 1, previous < until))
+            return ptx.fetch_and_add(claims, 1, ptx.both(self.team_thread < 1, previous < until))
 
         def share(claimed: Int, previous: Int) -> Int:
             with ptx.when(self.team_thread < 1):

@@ -149,15 +149,20 @@ def make_overlap_plan(weight: KernelArray, rows: int, config: DecodeConfig | Non
     return OverlapPlan(**{**vars(plan), "config": dataclasses.replace(plan.config, team=overlap.TEAM)}, x_rows=rows)
 
 
-def _dense_product(x: Float[Array, "m in"], weight: KernelArray, config: Config | None) -> Array:
-    """The product [m, out] with the weight written out in the dtype of its tables."""
-    operands = Operands(
+def decode_operands(weight: KernelArray) -> Operands:
+    """What the launches that decode a weight take."""
+    return Operands(
         [weight.words],
         [_tables(weight)],
         columns=[] if weight.columns is None else [weight.columns],
         column_scales=[weight.column_scale],
         offsets=[] if weight.centred_offset is None else [weight.centred_offset],
     )
+
+
+def _dense_product(x: Float[Array, "m in"], weight: KernelArray, config: Config | None) -> Array:
+    """The product [m, out] with the weight written out in the dtype of its tables."""
+    operands = decode_operands(weight)
     config = config if isinstance(config, DecodeConfig) else None
     plan = make_overlap_plan(weight, x.shape[0], config)
     wanted = plan.worthwhile if plan.config.overlap is None else plan.config.overlap

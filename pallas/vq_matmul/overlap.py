@@ -26,6 +26,7 @@ from vptq_jax.pallas import ptx
 from vptq_jax.pallas.ptx import Int, Pointer
 from vptq_jax.pallas.vq_matmul.dequantize import DecodePlan, Decoder
 from vptq_jax.pallas.vq_matmul.kernel import Crew, Emitter, Operands, Slab
+from vptq_jax.pallas.vq_matmul.layout import ROW_BYTES
 
 # The tile of a block: rows of x and outputs, and the columns that are fetched at once.
 _ROWS, _OUTPUTS, _DEPTH = 128, 256, 64
@@ -71,7 +72,7 @@ class OverlapPlan(DecodePlan):
     def epilogue(self) -> int:
         """Outputs of a row that a warpgroup writes at once: as many as the codebooks leave room for."""
         layout = self.grid.layout
-        tables = (layout.num_centroids + layout.num_res_centroids) * self.grid.planes * 16
+        tables = (layout.num_centroids + layout.num_res_centroids) * self.grid.planes * ROW_BYTES
         room = self._beside_tiles - self.scratch_bytes - tables
         return next((width for width in (128, 64, 32) if 2 * _ROWS * width <= room), 16)
 
@@ -88,7 +89,7 @@ class OverlapPlan(DecodePlan):
     @property
     def steps(self) -> int:
         """Pieces of a tile's columns, fetched one by one."""
-        return -(-self.grid.layout.in_features // _DEPTH)
+        return self.grid.layout.in_features // _DEPTH
 
     @property
     def first_slabs(self) -> int:
