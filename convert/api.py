@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
 
 from vptq_jax import checkpoint
-from vptq_jax.convert.export import MAX_SHARD_BYTES, ExportPlan, check_destination, export, plan_hf, plan_vptq
+from vptq_jax.convert.export import KIND as HF_KIND
+from vptq_jax.convert.export import MAX_SHARD_BYTES, ExportPlan, export, plan_hf, plan_vptq
 from vptq_jax.convert.gguf import open_gguf
 from vptq_jax.convert.hf import open_hf
 from vptq_jax.convert.inspect import facts
@@ -19,6 +20,7 @@ from vptq_jax.convert.problems import CheckpointError
 from vptq_jax.convert.source import all_linears, check_dtype, quantized_layers
 from vptq_jax.convert.tokenizer import gguf_tokenizer, load_tokenizer
 from vptq_jax.convert.vptq_format import content_problems, open_vptq
+from vptq_jax.files import check_output
 from vptq_jax.load import Kind, load, recognize
 from vptq_jax.models.decoder import Decoder
 from vptq_jax.report import peak_memory
@@ -109,16 +111,16 @@ def convert(
         raise ValueError(f"to is {to!r}; expected one of {', '.join(get_args(Target))}")
     check_dtype(dtype)
     src_text, dst = str(src), Path(dst)
+    taken = _destination_problem(src_text, dst, to, overwrite)
     if check:
         kind, model, problems = _examine(src_text)
-        problems += _destination_problems(src_text, dst, to, overwrite)
+        problems += [str(taken)] if taken else []
         plan = None if model is None else _plan(model, to, dtype)
         problems += plan.problems if plan else []
         files: list[str] = []
     else:
-        taken = next(_destination_problems(src_text, dst, to, overwrite), None)
-        if taken is not None:
-            raise FileExistsError(taken)
+        if taken:
+            raise taken
         kind, path = recognize(src_text)
         problems = []
         model = load(path, dtype=None if kind == "orbax" or to == "hf" else dtype, progress=progress)
@@ -204,19 +206,14 @@ def _collect(problems: list[str], action: Any) -> None:
         problems.append(str(error))
 
 
-def _destination_problems(src: str, dst: Path, to: Target, overwrite: bool) -> Iterator[str]:
+def _destination_problem(src: str, dst: Path, to: Target, overwrite: bool) -> OSError | None:
     if Path(src).exists() and dst.exists() and Path(src).resolve() == dst.resolve():
-        yield f"{dst} is the source itself; choose another directory"
-    elif dst.is_file():
-        yield f"{dst} is a file; choose a directory that does not exist"
-    elif to == "orbax":
-        if dst.exists() and any(dst.iterdir()) and not (overwrite and checkpoint.is_checkpoint(dst)):
-            yield f"{dst} already holds something; choose another directory, or overwrite an earlier checkpoint"
-    else:
-        try:
-            check_destination(dst, overwrite=overwrite)
-        except FileExistsError as error:
-            yield str(error)
+        return FileExistsError(f"{dst} is the source itself; choose another directory")
+    try:
+        check_output(dst, kind=checkpoint.KIND if to == "orbax" else HF_KIND, overwrite=overwrite)
+    except OSError as error:
+        return error
+    return None
 
 
 def _nbytes(model: Decoder) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ import numpy as np
 from jaxtyping import Array
 
 from vptq_jax.array import VQArray
+from vptq_jax.convert.files import TOKENIZER_FILES, read_json
 from vptq_jax.convert.hf import progress_bar
 from vptq_jax.convert.model_card import model_card
 from vptq_jax.convert.problems import raise_problems
 from vptq_jax.convert.safetensors_writer import LazyTensor, write_sharded
 from vptq_jax.convert.source import all_linears, check_dtype, quantized_layers
 from vptq_jax.convert.vptq_format import SWAPPED, TENSORS, swap_codebooks
-from vptq_jax.files import new_directory
+from vptq_jax.files import Kind, new_directory
 from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.decoder import Decoder
 from vptq_jax.models.linear import Linear, VQLinear, unprepare
@@ -122,7 +124,7 @@ def export(
         model: the model that was planned.
         path: the new directory; it exists completely or not at all.
         plan: what to write.
-        overwrite: replace an earlier Hugging Face directory (nothing else is ever replaced).
+        overwrite: replace an earlier Hugging Face model in one step (nothing else is ever replaced).
         metadata: what is known about how the model was made; goes into the model card.
         max_shard_bytes: above this, several files.
         progress: show a bar.
@@ -131,15 +133,16 @@ def export(
         the names of the weight files.
 
     Raises:
-        FileExistsError: the directory holds something else, or a model and `overwrite` is False.
+        FileExistsError: the directory holds something else, or a model and `overwrite` is False, or files that no
+            export writes.
         OSError: the directory cannot be written.
         ValueError: the format cannot express the model, all reasons given; or NaN in a weight.
     """
     path = Path(path)
     raise_problems("the model cannot be exported", plan.problems)
-    check_destination(path, overwrite=overwrite)
-    with new_directory(path, overwrite=overwrite) as temporary, progress_bar(plan.nbytes, progress, "writing") as bar:
-        files = write_sharded(temporary, plan.tensors, max_bytes=max_shard_bytes, progress=bar)
+    bar = progress_bar(plan.nbytes, progress, "writing")
+    with new_directory(path, kind=KIND, overwrite=overwrite) as temporary, bar as advance:
+        files = write_sharded(temporary, plan.tensors, max_bytes=max_shard_bytes, progress=advance)
         _write_json(temporary / "config.json", plan.config)
         _write_json(temporary / "generation_config.json", _generation_config(model))
         if model.tokenizer is not None:
@@ -150,18 +153,26 @@ def export(
     return files
 
 
-def check_destination(path: Path, *, overwrite: bool) -> None:
-    """Makes sure that a Hugging Face directory may be written at a path.
+_FILE_NAMES = re.compile(
+    r"(config|generation_config)\.json|README\.md|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|additional_chat_templates/[^/]+\.jinja|" + "|".join(map(re.escape, TOKENIZER_FILES))
+)
 
-    Raises:
-        FileExistsError: it holds something else, or a model and `overwrite` is False.
-    """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not (path / "config.json").is_file():
-        raise FileExistsError(f"{path} holds something that is no Hugging Face model; choose another directory")
-    if not overwrite:
-        raise FileExistsError(f"{path} already holds a model; pass overwrite=True or choose another directory")
+
+def _files(path: Path) -> set[str] | None:
+    """The files of a Hugging Face model that an export may have written; None if there is no such model."""
+    try:
+        config = read_json(path / "config.json")
+    except (OSError, ValueError):
+        return None
+    if not isinstance(config.get("model_type"), str):
+        return None
+    entries = (str(entry.relative_to(path)) for entry in path.rglob("*") if entry.is_file())
+    return {entry for entry in entries if _FILE_NAMES.fullmatch(entry)}
+
+
+KIND = Kind("Hugging Face model", _files)
+"""What `export` may replace."""
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:

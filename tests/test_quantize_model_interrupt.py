@@ -109,7 +109,7 @@ def test_killed_twice_while_writing_and_run_again(start, reference, tmp_path):
         finished = {name: left[name] for name in operators(tmp_path)}
         assert finished.items() <= files.items(), "an operator file differs or is partial"
         assert len(finished) == count - 1
-        assert len(left) == len(finished) + 2, "run.json and the file that was being written"
+        assert len(left) == len(finished) + 3, "run.json, lock and the file that was being written"
     finish(start(tmp_path))
     assert contents(tmp_path) == files
 

@@ -6,16 +6,22 @@ A checkpoint is a directory:
                     of every array, size and CRC-32 of every file, generation config, metadata
     arrays/         the arrays, as Orbax stores them
     tokenizer/      the tokenizer's files, if the model has one
+    quant_report.json, *.png    how it was quantized, if a report was given
 
 It is written under a temporary name and renamed, so it exists completely or not at all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import importlib.metadata
 import json
+import os
+import signal
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -31,12 +37,13 @@ from vptq_jax.convert.files import read_json
 from vptq_jax.convert.problems import raise_problems
 from vptq_jax.convert.source import quantized_layers
 from vptq_jax.convert.tokenizer import load_tokenizer
-from vptq_jax.files import new_directory
+from vptq_jax.files import Kind, new_directory
 from vptq_jax.models.config import ModelConfig, RopeConfig
 from vptq_jax.models.decoder import Decoder
 from vptq_jax.models.linear import Linear, VQLinear, unprepare
 from vptq_jax.models.params import AbstractSource
 from vptq_jax.models.registry import build
+from vptq_jax.report import REPORT_FILES, QuantReport
 from vptq_jax.spec import VQLayout
 
 FORMAT_VERSION = 1
@@ -55,34 +62,39 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def save(
-    model: Decoder, path: str | Path, *, overwrite: bool = False, metadata: Mapping[str, Any] | None = None
+    model: Decoder,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    report: QuantReport | None = None,
 ) -> None:
     """Saves a model with its config, tokenizer and generation config; all of it or nothing.
 
+    Threads may save at the same time; an interrupt (Ctrl-C) is held back until the arrays are written.
+
     Args:
         model: plain or quantized.
-        path: the new directory.
-        overwrite: replace an earlier checkpoint of this library (nothing else is ever replaced).
+        path: the new directory; a link stands for the directory that it points to.
+        overwrite: replace an earlier checkpoint of this library in one step (nothing else is ever replaced).
         metadata: anything that JSON can hold, returned by `read_metadata`.
+        report: of the quantization; written beside the model, with its pictures.
 
     Raises:
-        FileExistsError: `path` holds something else, or a checkpoint and `overwrite` is False.
+        FileExistsError: `path` holds something else, or a checkpoint and `overwrite` is False, or files that this
+            library did not write.
         OSError: the directory cannot be written.
         TypeError: the metadata is not JSON.
     """
-    path = Path(path)
     text = json.dumps(dict(metadata or {}))
-    if path.exists() and not _is_empty_directory(path):
-        if not is_checkpoint(path):
-            raise FileExistsError(f"{path} holds something that is no vptq_jax checkpoint; choose another directory")
-        if not overwrite:
-            raise FileExistsError(f"{path} already holds a checkpoint; pass overwrite=True or choose another directory")
-    unprepare(model.linears())
-    arrays = {name: _stored(name, leaf) for name, leaf in _leaves(model)[0].items()}
-    with new_directory(path, overwrite=overwrite) as temporary:
+    with new_directory(path, kind=KIND, overwrite=overwrite) as temporary:
+        unprepare(model.linears())
+        arrays = {name: _stored(name, leaf) for name, leaf in _leaves(model)[0].items()}
         _write_arrays(temporary / _ARRAYS, arrays)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(temporary / _TOKENIZER)
+        if report is not None:
+            report.save(temporary)
         manifest = _manifest(model, arrays) | {"metadata": json.loads(text), "files": _checksums(temporary)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
@@ -152,8 +164,17 @@ def file_problems(path: str | Path, *, verify: bool = True) -> Iterator[str]:
             yield f"{name} has changed since it was saved (its CRC-32 differs)"
 
 
-def _is_empty_directory(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+def _files(path: Path) -> set[str] | None:
+    """The files of a checkpoint; None if it is none, or is damaged."""
+    try:
+        manifest = _read_manifest(path)
+    except (OSError, ValueError):
+        return None
+    return {MANIFEST, *REPORT_FILES, *manifest["files"]}
+
+
+KIND = Kind("vptq_jax checkpoint", _files)
+"""What `save` may replace."""
 
 
 def _leaves(model: Decoder) -> tuple[dict[str, Any], Any]:
@@ -252,21 +273,59 @@ def _abstract_arrays(manifest: Mapping[str, Any], sharding: Shardings | None) ->
     return arrays
 
 
+# Orbax counts operations per process: two at a time wait for each other's signals, or for ever.
+_ORBAX = threading.Lock()
+
+
 def _write_arrays(path: Path, arrays: dict[str, Array]) -> None:
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), arrays)
+    try:
+        with _ORBAX, _held_interrupt(), ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), arrays)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise _storage_error(error, path, "cannot be written") from error
 
 
 def _read_arrays(path: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
     import orbax.checkpoint as ocp
 
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _ORBAX, ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path.absolute(), abstract)
-    except Exception as error:  # Orbax and TensorStore raise many kinds
-        raise ValueError(f"{path} cannot be restored ({type(error).__name__}: {error})") from error
+    except Exception as error:  # idem
+        raise ValueError(str(_storage_error(error, path, "cannot be restored"))) from error
+
+
+def _storage_error(error: Exception, path: Path, what: str) -> OSError:
+    """What went wrong, without the kilobytes of settings that TensorStore adds."""
+    text = str(error)
+    for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if os.strerror(code) in text:
+            return OSError(code, f"{what}: {os.strerror(code)}", str(path))
+    reason = text.splitlines()[0][:200] if text else "no reason given"
+    return OSError(f"{path} {what} ({type(error).__name__}: {reason})")
+
+
+@contextlib.contextmanager
+def _held_interrupt() -> Iterator[None]:
+    """Holds Ctrl-C back: an interrupted Orbax goes on in threads that nobody waits for."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    interrupted = False
+
+    def note(*_: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _checksums(directory: Path) -> dict[str, list[int]]:

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     import rich.table
 
 
+_JSON = "quant_report.json"
+_PICTURES = ("error_by_layer.png", "bits_and_error.png")
+REPORT_FILES = (_JSON, *_PICTURES)
+"""What `QuantReport.save` writes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantReport:
     """Outcome of `quantize`.
@@ -32,12 +38,14 @@ class QuantReport:
         config: what was asked for.
         seconds: wall-clock seconds by stage.
         peak_memory: bytes by place, `host` and, where the backend counts it, `device`.
+        fingerprint: digest of everything that the result depends on: model, configuration, calibration.
     """
 
     operators: list[dict[str, Any]]
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     peak_memory: dict[str, int] = dataclasses.field(default_factory=dict)
+    fingerprint: str = ""
 
     @property
     def bits_nominal(self) -> float:
@@ -65,6 +73,11 @@ class QuantReport:
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Writes `as_json`, whole or not at all."""
         write_atomic(path, (json.dumps(self.as_json(), indent=1) + "\n").encode())
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `quant_report.json` and the pictures of `plot` into a directory."""
+        self.save_json(Path(directory) / _JSON)
+        self.plot(directory)
 
     def table(self) -> rich.table.Table:
         """A table for `rich.print`: a line per operator, the means below."""
@@ -115,7 +128,7 @@ class QuantReport:
             raise ValueError("no operator was quantized; there is nothing to draw")
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        pictures = {"error_by_layer.png": self._draw_layers, "bits_and_error.png": self._draw_bits}
+        pictures = dict(zip(_PICTURES, (self._draw_layers, self._draw_bits), strict=True))
         return [_save_picture(directory / name, draw) for name, draw in pictures.items()]
 
     def _stages(self) -> dict[str, str]:

@@ -13,9 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vptq_jax.cli import bench, convert, evaluate, generate, inspect, quantize, quickstart
-
-USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
-"""What the library raises for input that it cannot work with."""
+from vptq_jax.cli.terminal import printable
 
 app = typer.Typer(
     name="vptq-jax",
@@ -56,24 +54,47 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0 done, 1 the input does not work, 2 wrong usage, 130 interrupted."""
+    """Runs a command and exits: 0 done, 1 the input does not work, 2 wrong usage, 130 interrupted.
+
+    Whatever goes wrong becomes one line on standard error; with --debug the traceback is shown instead.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # No advice about PyTorch on the terminal.
     warnings.showwarning = lambda message, *_, **__: _complain(str(message), "warning")
     try:
         app(args=[word for word in arguments if word != "--debug"], prog_name="vptq-jax")
-    except USER_ERRORS as error:
-        if debug:
-            raise
-        _complain(str(error) or type(error).__name__)
-        sys.exit(1)
     except SystemExit as stop:
         if stop.code == 130:
             _complain("interrupted")
         raise
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:  # nobody reads the rest, as in `vptq-jax inspect out | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except BaseException as error:  # libraries in Rust end with a kind of their own, which is no Exception
+        if debug:
+            raise
+        _complain(describe(error))
+        sys.exit(1)
+
+
+def describe(error: BaseException) -> str:
+    """What an error says, in one line that a terminal can show."""
+    text = str(error).strip()
+    if not isinstance(error, _WORDED) or not text:
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        text += " (--debug shows where)"
+    return printable(text)
+
+
+_WORDED = (ValueError, OSError, NotImplementedError, ImportError)
+"""What the library raises for input that it cannot work with; other errors say what they are."""
 
 
 def _complain(message: str, kind: str = "error") -> None:
     style = "bold red" if kind == "error" else "yellow"
-    Console(stderr=True, soft_wrap=True).print(Text(f"{kind}: ", style=style) + Text(message), highlight=False)
+    line = Text(f"{kind}: ", style=style) + Text(printable(message))
+    Console(stderr=True, soft_wrap=True).print(line, highlight=False)

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import math
 import sys
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -98,37 +96,6 @@ def tokenizer_of(model: Decoder | StreamedModel, path: str) -> Any:
     if model.tokenizer is None:
         raise ValueError(f"{path} has no tokenizer; put tokenizer.json and tokenizer_config.json beside the weights")
     return model.tokenizer
-
-
-def check_output(path: Path, *, overwrite: bool = False) -> None:
-    """Makes sure that a new directory can be written at `path`, before hours of work go into it.
-
-    Raises:
-        FileExistsError: something is there already, and it is not a model to be overwritten.
-        OSError: the directory around it cannot be written.
-    """
-    from vptq_jax.checkpoint import is_checkpoint
-
-    if path.is_file():
-        raise FileExistsError(f"output {str(path)!r} is a file; name a new directory")
-    if path.is_dir() and any(path.iterdir()) and not (overwrite and is_checkpoint(path)):
-        hint = ", or replace the model in it with --overwrite" if is_checkpoint(path) else ""
-        raise FileExistsError(f"output {str(path)!r} already holds something; name a new directory{hint}")
-    check_writable(path)
-
-
-def check_writable(path: Path) -> None:
-    """Tries to write beside `path`, or in the closest directory above it that exists.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    place = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=place, prefix=".vptq-jax-"):
-            pass
-    except OSError as error:
-        raise type(error)(f"output {str(path)!r}: cannot write in {str(place)!r} ({error.strerror})") from None
 
 
 def context_for(model: Decoder, context: int | None) -> int:

@@ -43,8 +43,6 @@ def convert(
         vptq-jax convert out out-dense --to hf --dtype bfloat16
     """
     target = common.parse_dtype(dtype)
-    if not check:
-        common.check_writable(output)
     from vptq_jax.convert.api import convert as convert_checkpoint
 
     report = convert_checkpoint(

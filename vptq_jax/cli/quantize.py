@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vptq_jax import checkpoint, data, files
 from vptq_jax.cli import common
+from vptq_jax.convert.problems import raise_problems
+from vptq_jax.quantize.hessian import KIND as HESSIANS
+from vptq_jax.quantize.hessian import Hessians, check_origin, collect_hessians, load_hessians
+from vptq_jax.quantize.model import config_record, run_fingerprint
+from vptq_jax.quantize.model import quantize as quantize_model
+from vptq_jax.quantize.state import WorkDir
+from vptq_jax.report import QuantReport
 from vptq_jax.spec import QuantConfig
 
 if TYPE_CHECKING:
@@ -17,8 +26,6 @@ if TYPE_CHECKING:
 
     from vptq_jax.models.decoder import Decoder
     from vptq_jax.models.streamed import StreamedModel
-    from vptq_jax.quantize.hessian import Hessians
-    from vptq_jax.report import QuantReport
 
 
 def quantize(
@@ -83,8 +90,6 @@ def quantize(
 
         vptq-jax quantize path/to/model out2 --spec v12-k4096-4096 --hessians saved_hessians
     """
-    from vptq_jax import data
-
     config = QuantConfig(
         spec=None if spec == "none" else spec,
         rules=parse_rules(rule or ()),
@@ -97,17 +102,35 @@ def quantize(
     if hessians is not None and save_hessians is not None:
         raise ValueError("--hessians reads what --save-hessians wrote; give one of them")
     workdir = workdir or output.with_name(f"{output.name}.partial")
-    common.check_output(output, overwrite=overwrite)
-    common.check_writable(workdir)
-    if save_hessians is not None:
-        common.check_output(save_hessians)
+    # Each of them may be replaced or removed as a whole.
+    files.check_apart(output=output, work_directory=workdir, Hessians=hessians or save_hessians)
+    done = None if overwrite else _report_at(output, config)
+    if done is None:
+        files.check_output(output, kind=checkpoint.KIND, overwrite=overwrite)
+    if save_hessians is not None and HESSIANS.files(save_hessians) is None:
+        files.check_output(save_hessians)
     if hessians is None:
         data.check_source(text)
 
-    loaded = common.open_model(model, dtype)
-    calibration = _calibration(loaded, model, hessians, save_hessians, (text, samples, length, batch_size), quiet=json)
-    metadata = {"calibration": f"Hessians of {hessians}" if hessians else f"{text}, windows of {length} tokens"}
-    report = _quantize_and_save(loaded, config, calibration, output, workdir, metadata, overwrite=overwrite, quiet=json)
+    with WorkDir(workdir) as work, _hint(f"Finished layers are in {workdir}; the same command continues from there."):
+        loaded = common.open_model(model, dtype)
+        calibration = _calibration(
+            loaded, model, hessians, save_hessians, (text, samples, length, batch_size), quiet=json
+        )
+        if done is not None and not work.started:
+            _check_same(done, run_fingerprint(loaded, config, calibration), output)
+            report = done
+        else:
+            quantized, report = quantize_model(loaded, config, calibration, workdir=work, progress=not json)
+            if done is not None:
+                _check_same(done, report.fingerprint, output)
+            else:
+                metadata = {
+                    "calibration": f"Hessians of {hessians}" if hessians else f"{text}, windows of {length} tokens",
+                    "quantization": report.as_json(),
+                }
+                checkpoint.save(quantized, output, overwrite=overwrite, metadata=metadata, report=report)
+        work.remove(row["path"] for row in report.operators)
     if json:
         common.print_json({"model": model, "output": str(output), **report.as_json()})
         return
@@ -143,9 +166,6 @@ def _calibration(
     quiet: bool,
 ) -> Hessians | list[Array]:
     """Hessians from files, or batches of tokens; with `save_hessians`, the Hessians of those batches."""
-    from vptq_jax import data
-    from vptq_jax.quantize.hessian import collect_hessians, load_hessians
-
     if hessians is not None:
         return load_hessians(hessians)
     source, samples, length, batch_size = text
@@ -157,32 +177,42 @@ def _calibration(
     batches = data.batches(windows, batch_size)
     if save_hessians is None:
         return batches
+    if HESSIANS.files(save_hessians) is not None:  # an interrupted run of this command wrote them
+        collected = load_hessians(save_hessians)
+        check_origin(collected, model, batches, str(save_hessians))
+        return collected
     collected = collect_hessians(model, batches, progress=not quiet)
     collected.save(save_hessians)
     return collected
 
 
-def _quantize_and_save(
-    model: Decoder | StreamedModel,
-    config: QuantConfig,
-    calibration: Hessians | list[Array],
-    output: Path,
-    workdir: Path,
-    metadata: dict[str, str],
-    *,
-    overwrite: bool,
-    quiet: bool,
-) -> QuantReport:
-    from vptq_jax import checkpoint
-    from vptq_jax.quantize.model import quantize as quantize_model
+def _report_at(output: Path, config: QuantConfig) -> QuantReport | None:
+    """The report of a model at the output that may be the result of this very command, run or killed before."""
+    if checkpoint.KIND.files(output) is None:
+        return None
+    stored = checkpoint.read_metadata(output).get("quantization")
+    fields = {field.name for field in dataclasses.fields(QuantReport)}
+    if not isinstance(stored, dict) or not fields <= stored.keys() or stored["config"] != config_record(config):
+        return None
+    return QuantReport(**{name: stored[name] for name in fields})
 
+
+def _check_same(report: QuantReport, fingerprint: str, output: Path) -> None:
+    """Makes sure that the model at the output is what this command would write, and whole."""
+    if report.fingerprint != fingerprint:
+        raise FileExistsError(
+            f"{output} already holds a model, made from other weights or other text; "
+            "choose another directory, or replace it with --overwrite"
+        )
+    raise_problems(f"{output} is damaged; replace it with --overwrite", checkpoint.file_problems(output))
+    common.log.print(f"{output} is the result of this command already.", highlight=False)
+
+
+@contextlib.contextmanager
+def _hint(text: str) -> Iterator[None]:
+    """Says how to go on after an interrupt."""
     try:
-        quantized, report = quantize_model(model, config, calibration, workdir=workdir, progress=not quiet)
+        yield
     except KeyboardInterrupt:
-        common.log.print(f"Finished layers are in {workdir}; the same command continues from there.", highlight=False)
+        common.log.print(text, highlight=False)
         raise
-    checkpoint.save(quantized, output, overwrite=overwrite, metadata=metadata | {"quantization": report.as_json()})
-    report.save_json(output / "quant_report.json")
-    report.plot(output)
-    shutil.rmtree(workdir)
-    return report

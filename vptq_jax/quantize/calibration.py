@@ -15,7 +15,7 @@ from jaxtyping import Float
 from vptq_jax.models.decoder import Block, Decoder
 from vptq_jax.models.linear import Linear, VQLinear
 from vptq_jax.quantize.activations import Activations, hessian_key
-from vptq_jax.quantize.fingerprint import block_digests, bytes_digest, layer_digests
+from vptq_jax.quantize.fingerprint import bytes_digest, end_digests, module_digests, text_digest
 from vptq_jax.quantize.hessian import Hessians
 from vptq_jax.spec import QuantConfig
 
@@ -84,9 +84,9 @@ class RunningCalibration:
     def __init__(self, model: Decoder, batches: list[np.ndarray], config: QuantConfig, last: int):
         self.seconds = 0.0
         self._sequential, self._last = config.mode == "sequential", last
-        self._tokens = hashlib.blake2b("".join(map(bytes_digest, batches)).encode(), digest_size=16).hexdigest()
-        self._weights = ""  # digest of all full-precision weights up to the current block
-        self._extend(layer_digests(model.embed_tokens, "model.embed_tokens"))
+        self._tokens = text_digest(batches)
+        self._weights = ""  # digest of all full-precision weights outside the blocks, and of the blocks so far
+        self._extend(end_digests(model))
         self._block: Block | None = None
         self._name = ""
         self._hessians: dict[str, np.ndarray] = {}
@@ -95,7 +95,7 @@ class RunningCalibration:
     def enter(self, block: Block, layer: int, *, needed: bool) -> None:
         """See `Calibration`."""
         self._name = f"model.layers.{layer}"
-        self._extend(block_digests(block, self._name))
+        self._extend(module_digests(block, self._name))
         self._hessians = {}
         activations = self._activations
         self._block = block if activations is not None and layer <= self._last else None

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, UInt
 
-from vptq_jax.models.decoder import Block, Decoder
-from vptq_jax.models.linear import Linear, VQLinear
+from vptq_jax.models.decoder import Decoder
+from vptq_jax.models.linear import VQLinear
 
 
 def array_digest(array: Array | np.ndarray) -> str:
@@ -48,6 +49,22 @@ def bytes_digest(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def text_digest(batches: Iterable[np.ndarray]) -> str:
+    """Digest of token batches, int32 [B, T] each: their ids, shapes and order."""
+    return joined_digest(map(bytes_digest, batches))
+
+
+def joined_digest(digests: Iterable[str]) -> str:
+    """Digest of a sequence of digests."""
+    return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """Digest of JSON values, whatever the order of an object's keys."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def model_fingerprint(config: Mapping[str, Any], weights: Mapping[str, str]) -> str:
     """Digest of a model: its configuration and the digest of each of its weights.
 
@@ -55,32 +72,34 @@ def model_fingerprint(config: Mapping[str, Any], weights: Mapping[str, str]) -> 
         config: plain values, as in `config.json`.
         weights: `array_digest` by tensor name.
     """
-    text = json.dumps([dict(config), dict(weights)], sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return json_digest([dict(config), dict(weights)])
 
 
 def end_digests(model: Decoder) -> dict[str, str]:
-    """`block_digests` of all that is in no block: embedding, norm and output projection."""
-    digests = {"model.norm.weight": array_digest(model.norm.weight[...])}
-    for path, layer in (("model.embed_tokens", model.embed_tokens), ("lm_head", model.lm_head)):
-        if layer is not None:
-            digests |= layer_digests(layer, path)
+    """`module_digests` of all that is in no block: embedding, norm, output projection, and whatever else there is."""
+    names = {name: getattr(model, name) for name in vars(model) if name != "layers"}
+    digests: dict[str, str] = {}
+    for name, part in names.items():
+        if isinstance(part, nnx.Module):
+            digests |= module_digests(part, name if name == "lm_head" else f"model.{name}")
     return digests
 
 
-def block_digests(block: Block, name: str) -> dict[str, str]:
-    """`array_digest` of every tensor of a block; quantized weights count by the values that they stand for."""
-    digests = {
-        f"{name}.{norm}.weight": array_digest(getattr(block, norm).weight[...])
-        for norm in ("input_layernorm", "post_attention_layernorm")
-    }
-    for path, owner, attribute in block.places():
-        digests |= layer_digests(getattr(owner, attribute), f"{name}.{path}")
+def module_digests(module: nnx.Module, path: str) -> dict[str, str]:
+    """`array_digest` of every parameter of a module, whatever it is; quantized weights count by the values that they
+    stand for.
+
+    Args:
+        module: a block, a layer or a norm.
+        path: its module path.
+    """
+    digests: dict[str, str] = {}
+    for parts, part in nnx.iter_modules(module):
+        name = ".".join([path, *map(str, parts)])
+        if isinstance(part, VQLinear):
+            digests[f"{name}.weight"] = array_digest(part.weight.dequantize())
+            parameters = {"bias": part.bias} if part.bias is not None else {}
+        else:
+            parameters = {key: value for key, value in vars(part).items() if isinstance(value, nnx.Variable)}
+        digests |= {f"{name}.{key}": array_digest(value[...]) for key, value in parameters.items()}
     return digests
-
-
-def layer_digests(layer: Linear | VQLinear, path: str) -> dict[str, str]:
-    """`block_digests` of one linear layer."""
-    weight = layer.weight.dequantize() if isinstance(layer, VQLinear) else layer.weight[...]
-    digests = {f"{path}.weight": array_digest(weight)}
-    return digests if layer.bias is None else digests | {f"{path}.bias": array_digest(layer.bias[...])}

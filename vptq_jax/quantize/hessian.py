@@ -5,6 +5,7 @@ Layers that read the same input (q/k/v, gate/up) share one H.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -17,11 +18,18 @@ from jaxtyping import Float
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from vptq_jax.files import new_directory
-from vptq_jax.models.decoder import Decoder
+from vptq_jax.files import Kind, new_directory
+from vptq_jax.models.decoder import Block, Decoder
 from vptq_jax.models.streamed import StreamedModel
 from vptq_jax.quantize.activations import Activations, Tokens, check_batches, hessian_key
-from vptq_jax.quantize.fingerprint import block_digests, end_digests, model_fingerprint
+from vptq_jax.quantize.fingerprint import (
+    bytes_digest,
+    end_digests,
+    joined_digest,
+    model_fingerprint,
+    module_digests,
+    text_digest,
+)
 
 
 class Hessians:
@@ -34,6 +42,7 @@ class Hessians:
             (`fingerprint.array_digest`; empty when unknown).
         tokens: calibration tokens behind every H.
         fingerprint: `fingerprint.model_fingerprint` of the model, empty when unknown.
+        text: `fingerprint.text_digest` of the calibration batches, empty when unknown.
     """
 
     def __init__(
@@ -42,9 +51,10 @@ class Hessians:
         modules: Mapping[str, Mapping[str, str]],
         tokens: int,
         fingerprint: str = "",
+        text: str = "",
     ):
         self.arrays, self.modules = arrays, modules
-        self.tokens, self.fingerprint = tokens, fingerprint
+        self.tokens, self.fingerprint, self.text = tokens, fingerprint, text
         self._key = {path: key for key, paths in modules.items() for path in paths}
 
     def __contains__(self, path: str) -> bool:
@@ -73,9 +83,10 @@ class Hessians:
         The directory appears under its name when it is complete.
 
         Raises:
-            FileExistsError: the directory holds something and `overwrite` is False.
+            FileExistsError: the directory holds something else, or Hessians and `overwrite` is False.
+            OSError: it cannot be written.
         """
-        with new_directory(directory, overwrite=overwrite) as temporary:
+        with new_directory(directory, kind=KIND, overwrite=overwrite) as temporary:
             for key, modules in self.modules.items():
                 array = np.asarray(self.arrays[key], np.float32)
                 header = {
@@ -84,11 +95,14 @@ class Hessians:
                     "shape": list(array.shape),
                     "tokens": self.tokens,
                     "fingerprint": self.fingerprint,
+                    "text": self.text,
                     "files": len(self.modules),
                 }
-                save_file(
-                    {"hessian": array}, temporary / f"{key}.safetensors", metadata={"vptq_jax": json.dumps(header)}
-                )
+                file = temporary / f"{key}.safetensors"
+                try:
+                    save_file({"hessian": array}, file, metadata={"vptq_jax": json.dumps(header)})
+                except safetensors.SafetensorError as error:  # what it makes of a full disk
+                    raise OSError(f"the Hessian {key} cannot be written to {directory}: {error}") from None
 
 
 _FORMAT = "hessian-1"
@@ -123,6 +137,7 @@ def collect_hessians(
     head = "model.embed_tokens" if shell.lm_head is None else "lm_head"
     means: dict[str, np.ndarray] = {}
     blocks: dict[str, str] = {}  # digests
+    seen: list[str] = []  # digests of the batches
     tokens = 0
     count = len(batches) if isinstance(batches, Sized) else None
     total = None if count is None else count * len(shell.layers)
@@ -132,18 +147,51 @@ def collect_hessians(
             share = activations.tokens / (tokens + activations.tokens)
             for layer in range(len(shell.layers)):
                 name = f"model.layers.{layer}"
-                block = model.block(layer) if isinstance(model, StreamedModel) else model.layers[layer]
+                block = _block(model, layer)
                 _merge(means, activations.observe(block, name), share)
                 if not tokens:
-                    blocks |= block_digests(block, name)
+                    blocks |= module_digests(block, name)
                 bar.update(len(chunk))
             _merge(means, {head: activations.observe_head()}, share)
             tokens += activations.tokens
+            seen += map(bytes_digest, chunk)
     digests = blocks | end_digests(shell)
     modules: dict[str, dict[str, str]] = {}
     for path in (*shell.linears(), head):
         modules.setdefault(hessian_key(path), {})[path] = digests[f"{path}.weight"]
-    return Hessians(means, modules, tokens, model_fingerprint(shell.config.to_hf(), digests))
+    fingerprint = model_fingerprint(shell.config.to_hf(), digests)
+    return Hessians(means, modules, tokens, fingerprint, joined_digest(seen))
+
+
+def check_origin(hessians: Hessians, model: Decoder | StreamedModel, batches: Iterable[Tokens], name: str) -> None:
+    """Makes sure that Hessians are those that `collect_hessians` would return; reads all weights once.
+
+    Args:
+        hessians: from `load_hessians`.
+        model: see `collect_hessians`.
+        batches: see `collect_hessians`.
+        name: where they come from, for the message.
+
+    Raises:
+        ValueError: they belong to another model, or to other text.
+    """
+    shell = model.shell() if isinstance(model, StreamedModel) else model
+    digests = end_digests(shell)
+    for layer in range(len(shell.layers)):
+        digests |= module_digests(_block(model, layer), f"model.layers.{layer}")
+    for what, found, expected in (
+        ("the model", hessians.fingerprint, model_fingerprint(shell.config.to_hf(), digests)),
+        ("the calibration text", hessians.text, text_digest(check_batches(batches, shell.config.vocab_size))),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"{name} holds Hessians already, but {what} was another one then; choose another directory for "
+                "these, or use those as they are (--hessians, load_hessians)"
+            )
+
+
+def _block(model: Decoder | StreamedModel, layer: int) -> Block:
+    return model.block(layer) if isinstance(model, StreamedModel) else model.layers[layer]
 
 
 def _merge(means: dict[str, np.ndarray], found: dict[str, np.ndarray], share: float) -> None:
@@ -197,7 +245,23 @@ def load_hessians(directory: str | os.PathLike[str]) -> Hessians:
             f"{directory} holds {len(files)} of {first['files']} Hessian files; collect or copy them again"
         )
     modules = {key: header["modules"] for key, header in headers.items()}
-    return Hessians(_Files(directory, list(modules)), modules, first["tokens"], first["fingerprint"])
+    return Hessians(
+        _Files(directory, list(modules)), modules, first["tokens"], first["fingerprint"], first.get("text", "")
+    )
+
+
+def _kind_files(directory: Path) -> set[str] | None:
+    """The files of a directory that `Hessians.save` wrote; None if there is none."""
+    found = set()
+    for file in directory.glob("*.safetensors"):
+        with contextlib.suppress(OSError, ValueError):
+            _read_header(file)
+            found.add(file.name)
+    return found or None
+
+
+KIND = Kind("collection of Hessians", _kind_files)
+"""What `Hessians.save` may replace."""
 
 
 class _Files(Mapping):

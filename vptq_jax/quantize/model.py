@@ -27,7 +27,7 @@ from vptq_jax.models.linear import Linear, VQLinear
 from vptq_jax.models.streamed import StreamedModel
 from vptq_jax.quantize.activations import Tokens, check_batches, hessian_key
 from vptq_jax.quantize.calibration import Calibration, GivenHessians, RunningCalibration
-from vptq_jax.quantize.fingerprint import array_digest
+from vptq_jax.quantize.fingerprint import array_digest, json_digest
 from vptq_jax.quantize.hessian import Hessians
 from vptq_jax.quantize.linalg import check_hessian
 from vptq_jax.quantize.state import WorkDir
@@ -43,7 +43,7 @@ def quantize(
     config: QuantConfig | VQSpec | str,
     calibration: Hessians | Iterable[Tokens],
     *,
-    workdir: str | os.PathLike[str] | None = None,
+    workdir: str | os.PathLike[str] | WorkDir | None = None,
     progress: bool = True,
 ) -> tuple[Decoder, QuantReport]:
     """Quantizes a model's linear layers with VPTQ.
@@ -58,7 +58,8 @@ def quantize(
         calibration: Hessians from `collect_hessians` or `load_hessians`, or token batches [B, T] to collect them
             from on the way (needed for `mode="sequential"`).
         workdir: every finished operator is kept there at once; called again with the same inputs after a crash or
-            an interrupt, finished operators are skipped and the result is the same to the bit.
+            an interrupt, finished operators are skipped and the result is the same to the bit. One run at a time may
+            use it. A `WorkDir` stays locked, for the caller to close or remove.
         progress: show a progress bar.
 
     Returns:
@@ -70,6 +71,51 @@ def quantize(
             another run (the message says what changed).
         OSError: `workdir` cannot be written; what was finished stays usable.
     """
+    if workdir is None or isinstance(workdir, WorkDir):
+        return _quantize(model, config, calibration, workdir, progress=progress)
+    with WorkDir(workdir) as work:
+        return _quantize(model, config, calibration, work, progress=progress)
+
+
+def run_fingerprint(
+    model: Decoder | StreamedModel, config: QuantConfig | VQSpec | str, calibration: Hessians | Iterable[Tokens]
+) -> str:
+    """Digest of everything that the result of `quantize` depends on, as in its report; reads all weights once.
+
+    Raises:
+        ValueError: as `quantize` does before work starts.
+    """
+    config = config if isinstance(config, QuantConfig) else QuantConfig(config)
+    shell = _Shell(model)
+    specs = plan(shell.model.config, config)
+    along: Calibration
+    if isinstance(calibration, Hessians):
+        along = GivenHessians(calibration)
+    else:
+        batches = list(check_batches(calibration, shell.config.vocab_size))
+        along = RunningCalibration(shell.model, batches, config, last=-1)
+    inputs: dict[str, Any] = {}
+    for layer in range(shell.config.num_layers):
+        block = shell.dense_block(layer)
+        along.enter(block, layer, needed=False)
+        for path, owner, attribute in block.places():
+            if (path := f"model.layers.{layer}.{path}") in specs:
+                inputs[path] = _inputs(path, specs[path], getattr(owner, attribute).weight[...], along)
+    for path in (_HEAD, _EMBEDDING):
+        if path in specs:
+            metric = along if shell.reads_hidden(path) else _uniform(path, shell.config.hidden_size)
+            inputs[path] = _inputs(path, specs[path], shell.end(path).weight[...], metric)
+    return json_digest([_run_record(shell.config, config), inputs])
+
+
+def _quantize(
+    model: Decoder | StreamedModel,
+    config: QuantConfig | VQSpec | str,
+    calibration: Hessians | Iterable[Tokens],
+    work: WorkDir | None,
+    *,
+    progress: bool,
+) -> tuple[Decoder, QuantReport]:
     started = time.perf_counter()
     config = config if isinstance(config, QuantConfig) else QuantConfig(config)
     shell = _Shell(model)
@@ -78,7 +124,9 @@ def quantize(
     shell.check_weights(specs)
     if isinstance(calibration, Hessians):
         _check_hessians(calibration, specs, shell, config)
-    work = WorkDir(workdir, _run_record(shell.config, config)) if workdir is not None else None
+    record = _run_record(shell.config, config)
+    if work:
+        work.bind(record)
     unfinished = {path for path in specs if not (work and work.has(path))}
     along: Calibration
     if isinstance(calibration, Hessians):
@@ -102,7 +150,8 @@ def quantize(
                 metric = along if shell.reads_hidden(path) else _uniform(path, shell.config.hidden_size)
                 shell.model.set_linear(path, operators.quantized(path, shell.end(path), metric))
     seconds = {"total": time.perf_counter() - started, "calibration": along.seconds}
-    return shell.model, QuantReport(operators.rows, _config_record(config), seconds, peak_memory())
+    fingerprint = json_digest([record, operators.inputs])
+    return shell.model, QuantReport(operators.rows, config_record(config), seconds, peak_memory(), fingerprint)
 
 
 def plan(model: ModelConfig, config: QuantConfig) -> dict[str, VQSpec]:
@@ -205,12 +254,13 @@ class _Operators:
     ):
         self._config, self._specs, self._work, self._bar = config, specs, work, bar
         self.rows: list[dict[str, Any]] = []
+        self.inputs: dict[str, dict[str, str]] = {}
 
     def quantized(self, path: str, dense: Linear, calibration: Calibration) -> VQLinear:
         """The quantized form of one dense layer; on disk when this returns."""
         self._bar.set_postfix_str(path)
         weight = dense.weight[...]
-        inputs = {"spec": str(self._specs[path]), "weight": array_digest(weight), **calibration.inputs(path)}
+        inputs = self.inputs[path] = _inputs(path, self._specs[path], weight, calibration)
         done = self._work.load(path, inputs) if self._work else None
         if done is None:
             done = self._quantize(path, weight, calibration)
@@ -241,6 +291,11 @@ class _Operators:
         )
         array = jax.block_until_ready(_stored(array))
         return array, stats | {"seconds": time.perf_counter() - started}
+
+
+def _inputs(path: str, spec: VQSpec, weight: Float[Array, "out in"], calibration: Calibration) -> dict[str, str]:
+    """What one operator's result depends on, beside the configuration."""
+    return {"spec": str(spec), "weight": array_digest(weight), **calibration.inputs(path)}
 
 
 def _uniform(path: str, features: int) -> GivenHessians:
@@ -290,11 +345,11 @@ def _run_record(model: ModelConfig, config: QuantConfig) -> dict[str, Any]:
     return {
         "version": importlib.metadata.version("vptq_jax"),
         "model": model.to_hf(),
-        "config": _config_record(config),
+        "config": config_record(config),
     }
 
 
-def _config_record(config: QuantConfig) -> dict[str, Any]:
+def config_record(config: QuantConfig) -> dict[str, Any]:
     """A config as JSON values, specs as they are written."""
     rules = [[pattern, None if spec is None else str(spec)] for pattern, spec in config.rules]
     return dataclasses.asdict(config) | {"spec": None if config.spec is None else str(config.spec), "rules": rules}
