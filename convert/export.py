@@ -25,6 +25,7 @@ from vptq_jax.convert.model_card import model_card
 from vptq_jax.convert.problems import raise_problems
 from vptq_jax.convert.safetensors_writer import LazyTensor, write_sharded
 from vptq_jax.convert.source import all_linears, check_dtype, quantized_layers
+from vptq_jax.convert.tokenizer import save_tokenizer
 from vptq_jax.convert.vptq_format import SWAPPED, TENSORS, swap_codebooks
 from vptq_jax.files import Kind, new_directory
 from vptq_jax.models.config import ModelConfig
@@ -146,7 +147,7 @@ def export(
         _write_json(temporary / "config.json", plan.config)
         _write_json(temporary / "generation_config.json", _generation_config(model))
         if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(temporary)
+            save_tokenizer(model.tokenizer, temporary)
         (temporary / "README.md").write_text(
             model_card(model, path.name, plan.config, metadata or {}), encoding="utf-8"
         )

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vptq_jax.schema import short
+
 MAX_JSON_BYTES = 64 << 20
 """No config or shard index comes near this; a hostile file may."""
 
@@ -65,7 +67,7 @@ def parse_json(raw: bytes, what: str) -> dict[str, Any]:
         ValueError: names `what` and the fault.
     """
     try:
-        value = json.loads(raw, object_pairs_hook=_no_duplicates)
+        value = json.loads(raw, object_pairs_hook=_no_duplicates, parse_int=_integer)
     except RecursionError:
         raise ValueError(f"{what} nests too deeply to be a checkpoint's JSON") from None
     except UnicodeDecodeError as error:
@@ -77,13 +79,20 @@ def parse_json(raw: bytes, what: str) -> dict[str, Any]:
     return value
 
 
+def _integer(text: str) -> int:
+    """A whole number of at most 64 bits: no format has larger ones, and no float holds much larger ones."""
+    if len(text) > 20 or abs(int(text)) >= 1 << 64:
+        raise ValueError(f"the number {text[:20]}... has more than 64 bits")
+    return int(text)
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"the key {key!r} occurs twice in one object")
+                raise ValueError(f"the key {short(key)} occurs twice in one object")
             seen.add(key)
     return result
 

@@ -21,6 +21,7 @@ from vptq_jax.models.decoder import Decoder
 from vptq_jax.models.registry import build
 from vptq_jax.models.rope import inverse_frequencies
 from vptq_jax.models.streamed import StreamedModel
+from vptq_jax.schema import Reader, short
 
 ARCHITECTURES = ("llama", "qwen2")
 """Values of `general.architecture` that are read; Mistral files call themselves llama."""
@@ -41,6 +42,7 @@ _NAMES = {
 }
 _TENSOR = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>[a-z_]+)\.(?P<kind>weight|bias)")
 _ROPE_FACTORS = "rope_freqs.weight"
+_MAX_HEAD_DIM = 1 << 16
 
 
 def load_gguf(path: str | Path, *, dtype: Any = None, progress: bool = False) -> Decoder:
@@ -137,38 +139,50 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
         ValueError: keys that are missing or do not fit together.
     """
     architecture = file.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise NotImplementedError(
-            f"{file.path} is of architecture {architecture!r}; supported are {', '.join(ARCHITECTURES)}"
+            f"{file.path} is of architecture {short(architecture)}; supported are {', '.join(ARCHITECTURES)}"
         )
-    meta = _Section(file.metadata, architecture)
-    if meta.get("expert_count", 0):
-        raise NotImplementedError(f"{file.path} is a mixture of {meta.get('expert_count')} experts; not supported")
-    if meta["block_count"] > len(file.tensors):
-        raise ValueError(f"{file.path} claims {meta['block_count']} layers, but holds {len(file.tensors)} tensors")
+    meta = Reader(_section(file.metadata, architecture), f"GGUF metadata {architecture}.")
+    if meta.raw.get("expert_count"):
+        raise NotImplementedError(
+            f"{file.path} is a mixture of {short(meta.raw['expert_count'])} experts; not supported"
+        )
+    layers = meta.integer("block_count", low=1, high=len(file.tensors))
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise ValueError(f"{file.path} has no tensor 'token_embd.weight'")
-    heads = meta["attention.head_count"]
-    head_dim = meta.get("attention.key_length") or meta.get("rope.dimension_count") or meta["embedding_length"] // heads
-    window = meta.get("attention.sliding_window")
-    model_type = "mistral" if architecture == "llama" and window else architecture
+    hidden, heads = meta.integer("embedding_length", low=1), meta.integer("attention.head_count", low=1)
+    kv_heads = meta.integer("attention.head_count_kv", None, low=0)
+    head_dim = (
+        meta.integer("attention.key_length", None, low=0, high=_MAX_HEAD_DIM)
+        or meta.integer("rope.dimension_count", None, low=0, high=_MAX_HEAD_DIM)
+        or (hidden // heads if hidden and heads else None)
+    )
+    window = meta.integer("attention.sliding_window", None, low=0)
+    eps = meta.number("attention.layer_norm_rms_epsilon")
+    context = meta.integer("context_length", low=1)
+    inner = meta.integer("feed_forward_length", low=1)
+    ids = Reader(_section(file.metadata, "tokenizer.ggml"), "GGUF metadata tokenizer.ggml.", meta.problems)
+    bos, pad = ids.integer("bos_token_id", None), ids.integer("padding_token_id", None)
+    stops = [ids.integer(key, None) for key in ("eos_token_id", "eot_token_id")]
+    raise_problems(f"{file.path} cannot be used", meta.problems)
     raw = {
-        "model_type": model_type,
+        "model_type": "mistral" if architecture == "llama" and window else architecture,
         "vocab_size": embedding.shape[0],
-        "hidden_size": meta["embedding_length"],
-        "intermediate_size": meta["feed_forward_length"],
-        "num_hidden_layers": meta["block_count"],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": meta.get("attention.head_count_kv") or heads,
+        "num_key_value_heads": kv_heads or heads,
         "head_dim": head_dim,
-        "rms_norm_eps": _shortest(meta["attention.layer_norm_rms_epsilon"]),
-        "max_position_embeddings": meta["context_length"],
+        "rms_norm_eps": _shortest(eps),
+        "max_position_embeddings": context,
         "sliding_window": window or None,
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": list(_stop_tokens(file.metadata)) or None,
-        "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": bos,
+        "eos_token_id": [stop for stop in stops if stop is not None] or None,
+        "pad_token_id": pad,
         "rope_parameters": _rope(file, meta, head_dim),
     }
     biases: dict[str, Any] = {
@@ -179,20 +193,9 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     return dataclasses.replace(ModelConfig.from_hf(raw), **biases)
 
 
-class _Section:
-    """The metadata keys of one architecture."""
-
-    def __init__(self, metadata: Mapping[str, Any], prefix: str):
-        self.metadata, self.prefix = metadata, prefix
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.metadata.get(f"{self.prefix}.{key}", default)
-
-    def __getitem__(self, key: str) -> Any:
-        value = self.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise ValueError(f"GGUF metadata {self.prefix}.{key} is {value!r}; expected a number above 0")
-        return value
+def _section(metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The metadata keys that begin with a prefix, without it."""
+    return {key[len(prefix) + 1 :]: value for key, value in metadata.items() if key.startswith(f"{prefix}.")}
 
 
 def _shortest(value: float) -> float:
@@ -200,24 +203,19 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _stop_tokens(metadata: Mapping[str, Any]) -> Iterator[int]:
-    for key in ("eos_token_id", "eot_token_id"):
-        if f"tokenizer.ggml.{key}" in metadata:
-            yield metadata[f"tokenizer.ggml.{key}"]
-
-
-def _rope(file: GGUFFile, meta: _Section, head_dim: int) -> dict[str, Any]:
-    rotated = meta.get("rope.dimension_count", head_dim)
+def _rope(file: GGUFFile, meta: Reader, head_dim: int) -> dict[str, Any]:
+    rotated = meta.raw.get("rope.dimension_count", head_dim)
     if rotated != head_dim:
-        raise NotImplementedError(f"{file.path} rotates {rotated} of {head_dim} dimensions a head; expected all")
-    rope: dict[str, Any] = {"rope_theta": _shortest(meta.get("rope.freq_base", 10000.0)), "rope_type": "default"}
-    kind = meta.get("rope.scaling.type", "none")
+        raise NotImplementedError(f"{file.path} rotates {short(rotated)} of {head_dim} dimensions a head; expected all")
+    rope: dict[str, Any] = {"rope_theta": _shortest(meta.number("rope.freq_base", 10000.0)), "rope_type": "default"}
+    kind = meta.raw.get("rope.scaling.type", "none")
     if kind not in ("none", "linear", "yarn"):
-        raise NotImplementedError(f"{file.path} has rope scaling {kind!r}; supported are none, linear and yarn")
+        raise NotImplementedError(f"{file.path} has rope scaling {short(kind)}; supported are none, linear and yarn")
     if kind != "none":
-        rope |= {"rope_type": kind, "factor": _shortest(meta["rope.scaling.factor"])}
+        rope |= {"rope_type": kind, "factor": _shortest(meta.number("rope.scaling.factor") or 0.0)}
     if kind == "yarn":
-        rope["original_max_position_embeddings"] = meta["rope.scaling.original_context_length"]
+        rope["original_max_position_embeddings"] = meta.integer("rope.scaling.original_context_length", low=1)
+    raise_problems(f"{file.path} cannot be used", meta.problems)
     if _ROPE_FACTORS in file.tensors:
         rope |= _llama3_rope(file, rope["rope_theta"], head_dim)
     return rope
@@ -225,7 +223,13 @@ def _rope(file: GGUFFile, meta: _Section, head_dim: int) -> dict[str, Any]:
 
 def _llama3_rope(file: GGUFFile, theta: float, head_dim: int) -> dict[str, Any]:
     """Llama 3's rope from the divisors of its frequencies, which is all that a GGUF file keeps of it."""
+    if math.prod(file.tensors[_ROPE_FACTORS].shape) != head_dim // 2:
+        raise NotImplementedError(
+            f"{file.path}: {_ROPE_FACTORS} has not {head_dim // 2} entries, one for each rotation"
+        )
     divisors = file.read(_ROPE_FACTORS).reshape(-1)
+    if not (np.isfinite(divisors).all() and (divisors > 0).all()):
+        raise ValueError(f"{file.path}: {_ROPE_FACTORS} holds values that are no numbers above 0")
     rope: dict[str, Any] = {
         "rope_type": "llama3",
         "factor": _shortest(float(divisors.max(initial=1))),
@@ -248,7 +252,7 @@ def _tensor_problems(config: ModelConfig, file: GGUFFile, names: dict[str, str])
             problems.append(f"{name} is missing; expected shape {list(shape)}")
         elif file.tensors[names[name]].shape != shape:
             problems.append(f"{names[name]} has shape {list(file.tensors[names[name]].shape)}; expected {list(shape)}")
-    return problems + [f"{names[name]} is unexpected" for name in names if name not in expected]
+    return problems + [f"{short(names[name])} is unexpected" for name in names if name not in expected]
 
 
 def _row_positions(name: str, config: ModelConfig, file: GGUFFile) -> np.ndarray | None:

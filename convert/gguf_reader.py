@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vptq_jax.convert.safetensors_reader import aligned_empty
+from vptq_jax.schema import is_integer, short
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -23,6 +24,7 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MAX_AXES = 4
 _CHUNK = 1 << 22
+_MAX_ENTRIES = 1 << 23  # of a metadata array: the largest vocabularies have 2**18
 
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 """Tensor types that are read."""
@@ -88,7 +90,7 @@ class GGUFFile:
                 stop = min(start + step, count)
                 raw = stream.read((stop - start) * tensor.row_bytes)
                 if len(raw) < (stop - start) * tensor.row_bytes:
-                    raise ValueError(f"{self.path}: the file ended inside tensor {name!r}")
+                    raise ValueError(f"{self.path}: the file ended inside tensor {short(name)}")
                 block = np.frombuffer(raw, np.uint8).reshape(stop - start, tensor.row_bytes)
                 values = dequantize(block, GGMLQuantizationType[tensor.type])
                 if rows is None:
@@ -135,24 +137,35 @@ def _read(stream: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, GGUFTe
     for _ in range(num_keys):
         key = cursor.string("a metadata key")
         if key in metadata:
-            raise ValueError(f"metadata key {key!r} occurs twice")
-        metadata[key] = _value(cursor, cursor.number("I", f"the type of {key!r}"), repr(key))
+            raise ValueError(f"metadata key {short(key)} occurs twice")
+        metadata[key] = _value(cursor, cursor.number("I", f"the type of {short(key)}"), short(key))
     raw_tensors = {}
     for _ in range(num_tensors):
         name = cursor.string("a tensor name")
         if name in raw_tensors:
-            raise ValueError(f"tensor {name!r} occurs twice")
-        axes = cursor.number("I", f"the number of axes of {name!r}")
+            raise ValueError(f"tensor {short(name)} occurs twice")
+        axes = cursor.number("I", f"the number of axes of {short(name)}")
         if not 1 <= axes <= _MAX_AXES:
-            raise ValueError(f"tensor {name!r} has {axes} axes; expected 1 to {_MAX_AXES}")
-        shape = struct.unpack(f"<{axes}Q", cursor.take(8 * axes, f"the shape of {name!r}"))
-        kind = cursor.number("I", f"the type of {name!r}")
-        raw_tensors[name] = (shape[::-1], kind, cursor.number("Q", f"the offset of {name!r}"))
+            raise ValueError(f"tensor {short(name)} has {axes} axes; expected 1 to {_MAX_AXES}")
+        shape = struct.unpack(f"<{axes}Q", cursor.take(8 * axes, f"the shape of {short(name)}"))
+        kind = cursor.number("I", f"the type of {short(name)}")
+        raw_tensors[name] = (shape[::-1], kind, cursor.number("Q", f"the offset of {short(name)}"))
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise ValueError(f"general.alignment is {alignment!r}; expected a power of two")
+    if not is_integer(alignment) or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment is {short(alignment)}; expected a power of two")
     start = -(-cursor.position // alignment) * alignment
-    return metadata, {name: _tensor(name, *raw, start, size) for name, raw in raw_tensors.items()}
+    tensors = {name: _tensor(name, *raw, start, size) for name, raw in raw_tensors.items()}
+    _refuse_overlaps(tensors)
+    return metadata, tensors
+
+
+def _refuse_overlaps(tensors: dict[str, GGUFTensor]) -> None:
+    """Raises ValueError if two tensors share bytes: a small file would fill any memory."""
+    position, previous = 0, ""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset < position:
+            raise ValueError(f"tensor {short(name)} overlaps tensor {short(previous)}, which ends at byte {position}")
+        position, previous = tensor.offset + tensor.nbytes, name
 
 
 def _value(cursor: _Cursor, kind: int, what: str) -> Any:
@@ -165,10 +178,21 @@ def _value(cursor: _Cursor, kind: int, what: str) -> Any:
     kind, count = cursor.number("I", what), cursor.number("Q", what)
     if kind in _SCALARS:
         code = np.dtype("<" + _SCALARS[kind] if kind != 7 else "?")
-        return np.frombuffer(cursor.take(count * code.itemsize, what), code).tolist()
-    if kind == _STRING:
-        return [cursor.string(f"an entry of {what}") for _ in range(count)]
-    raise ValueError(f"metadata key {what} is an array of the unsupported type {kind}")
+        array = np.frombuffer(cursor.take(count * code.itemsize, what), code)
+        _check_entries(array.size, what)
+        return array.tolist()
+    if kind != _STRING:
+        raise ValueError(f"metadata key {what} is an array of the unsupported type {kind}")
+    texts = []
+    for index in range(count):
+        _check_entries(index, what)
+        texts.append(cursor.string(f"an entry of {what}"))
+    return texts
+
+
+def _check_entries(count: int, what: str) -> None:
+    if count > _MAX_ENTRIES:
+        raise ValueError(f"metadata key {what} is an array of over {_MAX_ENTRIES} entries; expected fewer")
 
 
 def _tensor(name: str, shape: tuple[int, ...], kind: int, offset: int, start: int, size: int) -> GGUFTensor:
@@ -179,16 +203,16 @@ def _tensor(name: str, shape: tuple[int, ...], kind: int, offset: int, start: in
     try:
         member = GGMLQuantizationType(kind)
     except ValueError:
-        raise ValueError(f"tensor {name!r} has the unknown type number {kind}") from None
+        raise ValueError(f"tensor {short(name)} has the unknown type number {kind}") from None
     if member.name not in TYPES:
-        raise ValueError(f"tensor {name!r} is of type {member.name}; supported are {', '.join(TYPES)}")
+        raise ValueError(f"tensor {short(name)} is of type {member.name}; supported are {', '.join(TYPES)}")
     block, block_bytes = GGML_QUANT_SIZES[member]
     if shape[-1] % block:
-        raise ValueError(f"tensor {name!r} has rows of {shape[-1]}; {member.name} needs a multiple of {block}")
+        raise ValueError(f"tensor {short(name)} has rows of {shape[-1]}; {member.name} needs a multiple of {block}")
     tensor = GGUFTensor(member.name, shape, start + offset, shape[-1] // block * block_bytes)
     if tensor.offset + tensor.nbytes > size:
         raise ValueError(
-            f"tensor {name!r} of shape {list(shape)} in {member.name} ends at byte {tensor.offset + tensor.nbytes}, "
-            f"but the file has {size} (truncated?)"
+            f"tensor {short(name)} of shape {list(shape)} in {member.name} "
+            f"ends at byte {tensor.offset + tensor.nbytes}, but the file has {size} (truncated?)"
         )
     return tensor

@@ -7,7 +7,6 @@ Each holds `flatH`, the lower triangle of the centred second moment row by row, 
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vptq_jax.quantize.hessian import Hessians
+from vptq_jax.schema import INT32, short
 
 _MODULES = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -66,7 +66,7 @@ def load_hessian_files(
             + (", ..." if len(missing) > 8 else "")
         )
     first = next(iter(files.values()))
-    return Hessians(_Regularized(files, damping), modules, int(_read(first)["ct"]))
+    return Hessians(_Regularized(files, damping), modules, _read(first)["ct"])
 
 
 class _Regularized(Mapping):
@@ -93,7 +93,7 @@ def regularize(hessian: Float[np.ndarray, "in in"], damping: float) -> Float[np.
 
 def _dense(file: Path) -> Float[np.ndarray, "in in"]:
     content = _read(file)
-    size = int(content["n"])
+    size = content["n"]
     lower, mean = (np.asarray(content[name].double().numpy()) for name in ("flatH", "mu"))
     for name, value, expected in (("flatH", lower, size * (size + 1) // 2), ("mu", mean, size)):
         if value.shape != (expected,):
@@ -112,13 +112,30 @@ def _read(file: Path) -> dict[str, Any]:
     torch = _torch()
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} is not a Hessian file that can be read safely: {error}") from None
+    except Exception as error:  # a damaged file makes PyTorch's reader raise whatever its bytes lead to
+        raise ValueError(f"{file} is not a Hessian file that can be read safely: {short(str(error))}") from None
     expected = ("flatH", "mu", "n", "ct")
     if not isinstance(content, dict) or any(name not in content for name in expected):
         names = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{file} holds {names}, expected a dictionary with {', '.join(expected)}")
+        raise ValueError(f"{file} holds {short(names)}, expected a dictionary with {', '.join(expected)}")
+    for name in ("n", "ct"):
+        count = content[name]
+        if isinstance(count, torch.Tensor) and count.numel() == 1 and not count.is_complex():
+            count = count.item()
+        if not isinstance(count, int | float) or isinstance(count, bool) or count != count or not 0 <= count <= INT32:
+            raise ValueError(f"{file}: {name} is {short(content[name])}, expected a whole number from 0 to {INT32}")
+        content[name] = int(count)
+    for name in ("flatH", "mu"):
+        tensor = content[name]
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise ValueError(f"{file}: {name} is {_kind(tensor)}, expected a dense tensor of floating-point numbers")
     return content
+
+
+def _kind(value: Any) -> str:
+    """What something from a file is, for a message."""
+    dtype, layout = getattr(value, "dtype", None), getattr(value, "layout", None)
+    return type(value).__name__ if dtype is None else f"a tensor of {dtype} ({layout})"
 
 
 def _names(directory: Path) -> list[str]:

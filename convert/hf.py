@@ -20,6 +20,7 @@ from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.decoder import Decoder
 from vptq_jax.models.registry import build
 from vptq_jax.models.streamed import StreamedModel
+from vptq_jax.schema import is_integer, short
 
 # Buffers that older versions of transformers saved; every model computes them anew.
 _HARMLESS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -103,7 +104,8 @@ def quantization_method(raw: Mapping[str, Any]) -> str | None:
     section = raw.get("quantization_config")
     if section is None:
         return None
-    return str(section.get("quant_method")) if isinstance(section, Mapping) else repr(section)
+    method = section.get("quant_method") if isinstance(section, Mapping) else section
+    return method if isinstance(method, str) and len(method) < 80 else short(method)
 
 
 def read_config(raw: Mapping[str, Any], files: SafetensorsFiles) -> ModelConfig:
@@ -113,7 +115,7 @@ def read_config(raw: Mapping[str, Any], files: SafetensorsFiles) -> ModelConfig:
         ValueError: see `ModelConfig.from_hf`.
     """
     layers = raw.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > len(files.tensors):
+    if is_integer(layers) and layers > len(files.tensors):
         raise ValueError(f"num_hidden_layers is {layers}, but the checkpoint holds only {len(files.tensors)} tensors")
     return ModelConfig.from_hf(raw)
 
@@ -129,7 +131,7 @@ def tensor_problems(expected: Mapping[str, tuple[int, ...]], files: SafetensorsF
         elif files[name].dtype.name not in FLOATS:
             problems.append(f"{name} has dtype {files[name].dtype.name}; expected {', '.join(FLOATS)}")
     return problems + [
-        f"{name} of shape {list(files[name].shape)} is unexpected"
+        f"{short(name)} of shape {list(files[name].shape)} is unexpected"
         for name in files
         if name not in expected and not is_harmless(name, config)
     ]
@@ -158,7 +160,7 @@ def with_stop_tokens(config: ModelConfig, generation_config: Mapping[str, Any] |
     """The config with the stop tokens of the generation config, which win where both are given."""
     stops = (generation_config or {}).get("eos_token_id")
     stops = stops if isinstance(stops, list) else [stops]
-    if not all(isinstance(stop, int) and 0 <= stop < config.vocab_size for stop in stops):
+    if not all(is_integer(stop) and 0 <= stop < config.vocab_size for stop in stops):
         return config
     return dataclasses.replace(config, eos_token_id=tuple(stops))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +24,10 @@ def model_card(model: Decoder, name: str, config: Mapping[str, Any], metadata: M
     """
     quantized = "quantization_config" in config
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    front += [f"{key}: {metadata[key]}" for key in ("base_model", "license") if isinstance(metadata.get(key), str)]
+    # A JSON text is a YAML one too, whatever it holds.
+    front += [
+        f"{key}: {json.dumps(metadata[key])}" for key in ("base_model", "license") if isinstance(metadata.get(key), str)
+    ]
     front += ["tags:", *(["- vptq"] if quantized else []), "- vptq_jax", "---"]
     body = [f"# {name}", _summary(model, quantized), ""]
     body += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in _facts(model, config, metadata))]
@@ -78,4 +82,4 @@ def _is_plain(value: Any) -> bool:
 
 
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return " ".join(text.replace("|", "\\|").split())

@@ -22,6 +22,7 @@ import numpy as np
 
 from vptq_jax.convert.files import parse_json, read_json
 from vptq_jax.convert.problems import raise_problems
+from vptq_jax.schema import is_integer, short
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit that the safetensors format itself sets."""
@@ -54,6 +55,7 @@ _EXPONENT = {
 }
 _CHUNK = 1 << 22
 _MAX_AXES = 8
+_MAX_NAME = 255  # bytes of a file name
 _ALIGNMENT = 64  # what XLA's CPU client asks of a buffer that it adopts
 
 
@@ -92,7 +94,7 @@ class SafetensorsFiles:
                 continue
             for name, info in header.items():
                 if name in self.tensors:
-                    problems.append(f"tensor {name!r} is in both {self.tensors[name].file.name} and {file.name}")
+                    problems.append(f"tensor {short(name)} is in both {self.tensors[name].file.name} and {file.name}")
                 self.tensors[name] = info
         if weight_map is not None and not problems:
             problems = _index_problems(weight_map, self.tensors)
@@ -126,7 +128,7 @@ class SafetensorsFiles:
         dtype = info.dtype if dtype is None else np.dtype(dtype)
         size = math.prod(info.shape)
         result = aligned_empty(size * dtype.itemsize).view(dtype)
-        what = f"{info.file}: tensor {name!r}"
+        what = f"{info.file}: tensor {short(name)}"
         with info.file.open("rb", buffering=0) as stream:
             stream.seek(info.offset)
             if dtype == info.dtype:
@@ -189,7 +191,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         try:
             infos[name] = _tensor_info(file, entry, start, available)
         except ValueError as error:
-            problems.append(f"{file}: tensor {name!r}: {error}")
+            problems.append(f"{file}: tensor {short(name)}: {error}")
     if not problems:
         problems = _coverage_problems(file, infos, start, size)
     if problems:
@@ -202,18 +204,18 @@ def _tensor_info(file: Path, entry: Any, start: int, available: int) -> TensorIn
         raise ValueError("its header entry lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {short(dtype)} is not supported; expected one of {', '.join(DTYPES)}")
     if not (isinstance(shape, list) and len(shape) <= _MAX_AXES and all(_is_count(n) for n in shape)):
-        raise ValueError(f"shape {_short(shape)} is not a list of at most {_MAX_AXES} whole numbers from 0 on")
+        raise ValueError(f"shape {short(shape)} is not a list of at most {_MAX_AXES} whole numbers from 0 on")
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(_is_count(n) for n in offsets)):
-        raise ValueError(f"data_offsets {_short(offsets)} are not two whole numbers from 0 on")
+        raise ValueError(f"data_offsets {short(offsets)} are not two whole numbers from 0 on")
     begin, end = offsets
     if not begin <= end <= available:
         raise ValueError(f"data_offsets [{begin}, {end}] do not lie in the file's {available} data bytes (truncated?)")
     numpy_dtype = np.dtype(DTYPES[dtype])
     expected = math.prod(shape) * numpy_dtype.itemsize
     if end - begin != expected:
-        raise ValueError(f"data_offsets span {end - begin} bytes; {dtype} of shape {_short(shape)} takes {expected}")
+        raise ValueError(f"data_offsets span {end - begin} bytes; {dtype} of shape {short(shape)} takes {expected}")
     return TensorInfo(file, numpy_dtype, tuple(shape), start + begin, end - begin)
 
 
@@ -223,20 +225,15 @@ def _coverage_problems(file: Path, infos: dict[str, TensorInfo], start: int, siz
     for name, info in sorted(infos.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != position:
             fault = "overlaps" if info.offset < position else "leaves a gap after"
-            return [f"{file}: tensor {name!r} at byte {info.offset} {fault} {previous}, which ends at {position}"]
-        position, previous = info.offset + info.nbytes, f"tensor {name!r}"
+            return [f"{file}: tensor {short(name)} at byte {info.offset} {fault} {previous}, which ends at {position}"]
+        position, previous = info.offset + info.nbytes, f"tensor {short(name)}"
     if position != size:
         return [f"{file} has {size - position} bytes after {previous}; expected none"]
     return []
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return is_integer(value) and 0 <= value < 1 << 63
 
 
 def _read_fully(stream: Any, buffer: np.ndarray, what: str) -> None:
@@ -273,25 +270,31 @@ def _find_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
 def _read_index(path: Path) -> dict[str, str]:
     weight_map = read_json(path / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path / INDEX_FILE}: weight_map is {_short(weight_map)}; expected tensor names and files")
+        raise ValueError(f"{path / INDEX_FILE}: weight_map is {short(weight_map)}; expected tensor names and files")
     problems = []
     for shard in sorted({repr(value): value for value in weight_map.values()}.items()):
         name = shard[1]
         # A plain name only: the index must not lead outside the directory.
-        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name:
-            problems.append(f"shard {_short(name)} is not a plain file name in the directory")
+        if not isinstance(name, str) or not _is_plain(name):
+            problems.append(f"shard {short(name)} is not a plain file name in the directory")
         elif not (path / name).is_file():
-            problems.append(f"shard {name!r} is missing")
+            problems.append(f"shard {short(name)} is missing")
     raise_problems(f"{path / INDEX_FILE} cannot be used", problems)
     return weight_map
 
 
+def _is_plain(name: str) -> bool:
+    """Whether a name can only be that of a file in the directory itself."""
+    long = len(name.encode(errors="replace")) > _MAX_NAME
+    return name == os.path.basename(name) and name not in ("", ".", "..") and "\\" not in name and not long
+
+
 def _index_problems(weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> list[str]:
     problems = [
-        f"the index places {name!r} in {shard}, which "
+        f"the index places {short(name)} in {short(shard)}, which "
         + (f"does not hold it ({tensors[name].file.name} does)" if name in tensors else "does not hold it")
         for name, shard in weight_map.items()
         if name not in tensors or tensors[name].file.name != shard
     ]
-    return problems + [f"{info.file.name} holds {name!r}, which the index does not list"
+    return problems + [f"{info.file.name} holds {short(name)}, which the index does not list"
                        for name, info in tensors.items() if name not in weight_map]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from vptq_jax.convert.files import TOKENIZER_FILES
+from vptq_jax.convert.problems import raise_problems
+from vptq_jax.schema import Reader, is_integer, short
 
+_MOST_WORK = 1 << 30  # characters that are compared to find the merges of a vocabulary
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 # How text is cut before byte-pair merges, by tokenizer.ggml.pre. These are the published rules of each vocabulary.
@@ -33,6 +37,7 @@ _SPLITS = {
     "tekken": _TEKKEN,
 }
 _WHOLE_WORDS_FIRST = ("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "tekken")
+_TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 _GPT2_LIKE = ("gpt-2", "default", "smollm")
 
 
@@ -40,7 +45,7 @@ def load_tokenizer(directory: str | Path) -> Any | None:
     """The tokenizer whose files lie in a directory, or None if there are none.
 
     Raises:
-        ValueError: the files are there but unusable.
+        ValueError: the files are there but unusable, or name a chat template as no file may be named.
     """
     directory = Path(directory)
     if not any((directory / name).is_file() for name in (*TOKENIZER_FILES[:2], "vocab.json")):
@@ -48,12 +53,41 @@ def load_tokenizer(directory: str | Path) -> Any | None:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        tokenizer("a text")  # settings of the wrong type are met here, not at the first prompt
     except Exception as error:  # transformers and tokenizers raise bare Exceptions too
         raise ValueError(
-            f"the tokenizer files in {directory} cannot be used ({type(error).__name__}: {error}); "
+            f"the tokenizer files in {directory} cannot be used ({type(error).__name__}: {short(str(error))}); "
             "restore or delete them"
         ) from error
+    _check_template_names(tokenizer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Writes a tokenizer's files.
+
+    Raises:
+        ValueError: a chat template has a name that leads out of the directory.
+        OSError: they cannot be written.
+    """
+    _check_template_names(tokenizer)
+    try:
+        tokenizer.save_pretrained(directory)
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions when a disk is full
+        raise OSError(f"the tokenizer cannot be written to {directory}: {short(str(error))}") from error
+
+
+def _check_template_names(tokenizer: Any) -> None:
+    """Chat templates are saved in files of their names (some versions of transformers do not look at them)."""
+    templates = getattr(tokenizer, "chat_template", None)
+    for name in templates if isinstance(templates, Mapping) else ():
+        if not isinstance(name, str) or not _TEMPLATE_NAME.fullmatch(name):
+            raise ValueError(
+                f"the tokenizer has a chat template named {short(name)}; expected letters, digits, '_' and '-'"
+            )
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> Any | None:
@@ -66,14 +100,15 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Any | None:
         ValueError: metadata that is missing or does not fit together.
         NotImplementedError: another vocabulary type or pre-tokenizer.
     """
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind is None:
+    if metadata.get("tokenizer.ggml.model") is None:
         return None
-    tokens = _tokens(metadata)
+    _check_types(metadata)
+    kind = metadata["tokenizer.ggml.model"]
+    tokens = metadata["tokenizer.ggml.tokens"]
     builders: dict[str, Callable[[Mapping[str, Any], list[str]], Tokenizer]] = {"gpt2": _byte_level, "llama": _spm}
     if kind not in builders:
         raise NotImplementedError(
-            f"the GGUF tokenizer is of type {kind!r}; supported are {', '.join(builders)}. "
+            f"the GGUF tokenizer is of type {short(kind)}; supported are {', '.join(builders)}. "
             "Convert from the Hugging Face checkpoint instead"
         )
     tokenizer = builders[kind](metadata, tokens)
@@ -90,13 +125,30 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Any | None:
     )
 
 
-def _tokens(metadata: Mapping[str, Any]) -> list[str]:
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
-        raise ValueError("tokenizer.ggml.tokens is missing or no list of strings")
-    if len(set(tokens)) != len(tokens):
-        raise ValueError(f"tokenizer.ggml.tokens holds {len(tokens) - len(set(tokens))} duplicates; expected none")
-    return tokens
+def _check_types(metadata: Mapping[str, Any]) -> None:
+    """Raises ValueError unless everything under `tokenizer.` has the type and the length that it has to have."""
+    fields = Reader(metadata)
+    tokens = fields.items("tokenizer.ggml.tokens", (str,), "texts")
+    fields.string("tokenizer.ggml.model")
+    fields.string("tokenizer.ggml.pre", "default")
+    fields.string("tokenizer.chat_template", None)
+    fields.items("tokenizer.ggml.merges", (str,), "texts", [])
+    scores = fields.items("tokenizer.ggml.scores", (int, float), "numbers", [])
+    types = fields.items("tokenizer.ggml.token_type", (int,), "whole numbers", [])
+    for key in ("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id"):
+        fields.integer(f"tokenizer.ggml.{key}", None, low=0, high=len(tokens or ()) - 1)
+    for key in ("add_bos_token", "add_eos_token", "add_space_prefix"):
+        fields.boolean(f"tokenizer.ggml.{key}", False)
+    if tokens is not None and not tokens:
+        fields.problems.append("tokenizer.ggml.tokens is empty; expected the vocabulary")
+    for name, values in (("scores", scores), ("token_type", types)):
+        if tokens and values and len(values) != len(tokens):
+            fields.problems.append(f"tokenizer.ggml.{name} has {len(values)} entries; expected {len(tokens)}")
+    if tokens and len(set(tokens)) != len(tokens):
+        fields.problems.append(
+            f"tokenizer.ggml.tokens holds {len(tokens) - len(set(tokens))} duplicates; expected none"
+        )
+    raise_problems("the GGUF tokenizer cannot be used", fields.problems)
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
@@ -105,7 +157,8 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     unknown = next((m for m in merges if len(m) != 2 or m[0] not in vocabulary or m[1] not in vocabulary), None)
     if unknown is not None:
-        raise ValueError(f"tokenizer.ggml.merges holds {' '.join(unknown)!r}, whose parts are not in the vocabulary")
+        merge = short(" ".join(unknown))
+        raise ValueError(f"tokenizer.ggml.merges holds {merge}, whose parts are not in the vocabulary")
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule in _WHOLE_WORDS_FIRST))
     if rule in _SPLITS:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -119,8 +172,8 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     else:
         raise NotImplementedError(
-            f"the GGUF pre-tokenizer {rule!r} is not supported; supported are {', '.join([*_GPT2_LIKE, *_SPLITS])}. "
-            "Convert from the Hugging Face checkpoint instead"
+            f"the GGUF pre-tokenizer {short(rule)} is not supported; "
+            f"supported are {', '.join([*_GPT2_LIKE, *_SPLITS])}. Convert from the Hugging Face checkpoint instead"
         )
     if rule in ("qwen2", "deepseek-r1-qwen"):
         tokenizer.normalizer = normalizers.NFC()
@@ -130,8 +183,13 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
 
 def _spm(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise ValueError(f"tokenizer.ggml.scores is missing or not of length {len(tokens)}, the vocabulary's")
+    if not scores:
+        raise ValueError(f"tokenizer.ggml.scores is missing; expected {len(tokens)} numbers, one for each token")
+    work = sum(len(token) ** 2 for token in tokens)
+    if work > _MOST_WORK:
+        raise ValueError(
+            f"tokenizer.ggml.tokens holds texts of up to {max(map(len, tokens))} characters; expected words"
+        )
     vocabulary = {token: index for index, token in enumerate(tokens)}
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     tokenizer = Tokenizer(
@@ -165,8 +223,8 @@ def _merges_from_scores(vocabulary: dict[str, int], scores: list[float]) -> list
 
 
 def _token(tokens: list[str], index: Any, what: str) -> str:
-    if not isinstance(index, int) or not 0 <= index < len(tokens):
-        raise ValueError(f"tokenizer.ggml.{what} is {index!r}; expected an id below {len(tokens)}")
+    if not is_integer(index) or not 0 <= index < len(tokens):
+        raise ValueError(f"tokenizer.ggml.{what} is {short(index)}; expected an id below {len(tokens)}")
     return tokens[index]
 
 
@@ -183,8 +241,6 @@ def _special_names(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, 
 
 def _add_special_tokens(tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: list[str]) -> None:
     kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    if len(kinds) != len(tokens):
-        raise ValueError(f"tokenizer.ggml.token_type has {len(kinds)} entries; expected {len(tokens)}")
 
     def of_kind(kind: int) -> list[AddedToken]:
         special = kind == _CONTROL

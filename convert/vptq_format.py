@@ -33,6 +33,7 @@ from vptq_jax.models.decoder import Decoder
 from vptq_jax.models.linear import Linear, VQLinear
 from vptq_jax.models.registry import build
 from vptq_jax.packing import pack_indices
+from vptq_jax.schema import is_integer, short
 from vptq_jax.spec import VQLayout
 
 _LOG = logging.getLogger(__name__)
@@ -166,18 +167,21 @@ def read_layers(section: Mapping[str, Any], plan: Plan) -> tuple[dict[str, Store
     own, shared = (_mapping(section, key, problems) for key in ("config_for_layers", "shared_layer_config"))
     left_dense = section.get("modules_to_not_convert") or []
     if not isinstance(left_dense, list) or not all(isinstance(name, str) for name in left_dense):
-        problems.append(f"modules_to_not_convert is {_short(left_dense)}; expected a list of names")
+        problems.append(f"modules_to_not_convert is {short(left_dense)}; expected a list of names")
         left_dense = []
     unknown = set(section) - _SECTION_KEYS
     swapped = section.get("vptq_jax", {})
-    swapped = swapped.get(SWAPPED, []) if isinstance(swapped, Mapping) else []
+    swapped = swapped.get(SWAPPED) or [] if isinstance(swapped, Mapping) else []
+    if not isinstance(swapped, list) or not all(isinstance(name, str) for name in swapped):
+        problems.append(f"{SWAPPED} is {short(swapped)}; expected a list of names")
+        swapped = []
     layers: dict[str, StoredLayer] = {}
     for path, (out_features, in_features, _) in plan.linears.items():
         raw = own.get(path, shared.get(path.rsplit(".", 1)[-1]))
         if raw is None or _is_left_dense(path, left_dense):
             continue
         if not isinstance(raw, Mapping):
-            problems.append(f"{path}: its layer config is {_short(raw)}; expected an object")
+            problems.append(f"{path}: its layer config is {short(raw)}; expected an object")
             continue
         unknown |= set(raw) - _LAYER_KEYS
         try:
@@ -185,7 +189,7 @@ def read_layers(section: Mapping[str, Any], plan: Plan) -> tuple[dict[str, Store
         except ValueError as error:
             problems.append(f"{path}: {error}")
     problems += [
-        f"config_for_layers names {name!r}, which the model does not have" for name in own.keys() - plan.linears
+        f"config_for_layers names {short(name)}, which the model does not have" for name in own.keys() - plan.linears
     ]
     if unknown:
         _LOG.info("ignoring unknown keys of quantization_config: %s", ", ".join(sorted(map(str, unknown))))
@@ -204,9 +208,9 @@ def read_layer(raw: Mapping[str, Any], out_features: int, in_features: int, *, s
         if _integer(raw, key, -1) not in (-1, expected):
             raise ValueError(f"{key} is {raw[key]}; the model config asks for {expected}")
     if raw.get("norm_dim") not in (None, 0):
-        raise ValueError(f"norm_dim is {_short(raw['norm_dim'])}; only 0 (scale and bias per input column) is read")
+        raise ValueError(f"norm_dim is {short(raw['norm_dim'])}; only 0 (scale and bias per input column) is read")
     if raw.get("vector_quant_dim") not in (None, "out"):
-        raise ValueError(f"vector_quant_dim is {_short(raw['vector_quant_dim'])}; only 'out' is read")
+        raise ValueError(f"vector_quant_dim is {short(raw['vector_quant_dim'])}; only 'out' is read")
     outlier_length, length = _pair(raw, "vector_lens")
     outlier_centroids, centroids = _pair(raw, "num_centroids")
     outlier_residuals, residuals = _pair(raw, "num_res_centroids")
@@ -380,7 +384,7 @@ def _header_problems(
                 problems.append(f"{full} has dtype {files[full].dtype.name}; expected {kinds}")
     problems += [problem for problem in tensor_problems(dense, files, config) if not problem.endswith("is unexpected")]
     return problems + [
-        f"{name} of shape {list(files[name].shape)} is unexpected"
+        f"{short(name)} of shape {list(files[name].shape)} is unexpected"
         for name in files
         if name not in known and not is_harmless(name, config) and not _is_empty_outlier(name, layers)
     ]
@@ -422,35 +426,26 @@ def _mapping(section: Mapping[str, Any], key: str, problems: list[str]) -> Mappi
     value = section.get(key)
     if value is None or isinstance(value, Mapping):
         return value or {}
-    problems.append(f"{key} is {_short(value)}; expected an object")
+    problems.append(f"{key} is {short(value)}; expected an object")
     return {}
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _integer(raw: Mapping[str, Any], key: str, default: int) -> int:
     value = raw.get(key, default)
-    if not _is_integer(value):
-        raise ValueError(f"{key} is {_short(value)}; expected a whole number")
+    if not is_integer(value):
+        raise ValueError(f"{key} is {short(value)}; expected a whole number")
     return value
 
 
 def _boolean(raw: Mapping[str, Any], key: str) -> bool:
     value = raw.get(key, True)
     if not isinstance(value, bool):
-        raise ValueError(f"{key} is {_short(value)}; expected true or false")
+        raise ValueError(f"{key} is {short(value)}; expected true or false")
     return value
 
 
 def _pair(raw: Mapping[str, Any], key: str) -> tuple[int, int]:
     value = raw.get(key, [-1, -1] if key == "num_res_centroids" else None)
-    if not isinstance(value, list) or len(value) != 2 or not all(map(_is_integer, value)):
-        raise ValueError(f"{key} is {_short(value)}; expected two whole numbers, [of the outliers, of the rest]")
+    if not isinstance(value, list) or len(value) != 2 or not all(map(is_integer, value)):
+        raise ValueError(f"{key} is {short(value)}; expected two whole numbers, [of the outliers, of the rest]")
     return value[0], value[1]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

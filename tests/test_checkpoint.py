@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -143,9 +144,14 @@ def test_damage_is_found(saved):
         checkpoint.load(saved)
 
 
-def edit_manifest(path, change):
+def edit_manifest(path, change, *, forge=True):
+    """Changes a manifest; with `forge`, its own checksum too."""
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    del manifest["crc"]
     change(manifest)
+    if forge:
+        text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+        manifest["crc"] = zlib.crc32(text.encode())
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -157,9 +163,23 @@ def edit_manifest(path, change):
         (lambda m: m.pop("arrays"), "arrays is missing"),
         (
             lambda m: m["arrays"].pop("norm.weight"),
-            r"norm.weight has shape None; .* ask for \[24\]",
+            r"norm.weight' has shape None; .* ask for \[24\]",
         ),
-        (lambda m: m["config"].update(hidden_size=1 << 40), "disagrees with itself"),
+        (lambda m: m["config"].update(hidden_size=1 << 30), "disagrees with itself"),
+        (lambda m: m["config"].update(hidden_size=1 << 40), "hidden_size is 1099511627776"),
+        (lambda m: m["config"].update(num_layers=60000), "num_layers is 60000, but it has .* arrays"),
+        (lambda m: m["config"]["rope"].update(theta="x"), "rope theta is 'x'; expected a finite number"),
+        (lambda m: m["arrays"].update({"norm.weight": ["floaty", [24]]}), "dtype 'floaty'; expected float32"),
+        (
+            lambda m: m["arrays"].update({"norm.weight": ["float16", [24]]}),
+            "in float32, but vptq_jax.json says float16",
+        ),
+        (lambda m: m["arrays"].update({"norm.weight": []}), r"arrays has \[\] for 'norm.weight'"),
+        (lambda m: m["files"].update({"arrays/x": 5}), "files has 5 for 'arrays/x'"),
+        (lambda m: m["files"].update({"arrays/x": None}), "files has None for 'arrays/x'"),
+        (lambda m: m.update(generation_config=7), "generation_config is 7; expected a JSON object"),
+        (lambda m: m.update(format_version="1"), "does not describe"),
+        (lambda m: m["files"].update({"\x1b[31mred": [1, 1]}), r"'\\x1b\[31mred' is missing"),
         (lambda m: m["config"].update(surprise=1), "is damaged"),
         (lambda m: m["layers"]["model.layers.0.mlp.up_proj"]["layout"].update(num_centroids=1 << 40), "1099511627776"),
         (lambda m: m["layers"]["model.layers.0.mlp.up_proj"]["layout"].update(vector_len=5), "disagrees with itself"),

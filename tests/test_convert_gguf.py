@@ -294,9 +294,9 @@ def test_text_is_cut_by_the_rule_of_the_vocabulary(pre, text, expected):
     ("change", "error", "message"),
     [
         ({"tokenizer.ggml.model": "t5"}, NotImplementedError, "of type 't5'"),
-        ({"tokenizer.ggml.scores": [1.0]}, ValueError, "scores is missing or not of length"),
+        ({"tokenizer.ggml.scores": [1.0]}, ValueError, "scores has 1 entries; expected"),
         ({"tokenizer.ggml.tokens": ["a", "a"]}, ValueError, "1 duplicates"),
-        ({"tokenizer.ggml.tokens": None}, ValueError, "missing or no list"),
+        ({"tokenizer.ggml.tokens": None}, ValueError, "tokens is None; expected a list of texts"),
         ({"tokenizer.ggml.bos_token_id": 1 << 40}, ValueError, "bos_token_id is 1099511627776"),
         ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "other"}, NotImplementedError, "'other'"),
         ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["zz yy"]}, ValueError, "'zz yy'"),
@@ -312,18 +312,22 @@ def test_faults_are_gathered(tmp_path):
     extra = {"blk.7.ffn_up.weight": np.zeros((96, 64)), "blk.0.ffn_up.weight": np.zeros((4, 64))}
     with pytest.raises(ValueError, match="2 problems") as error:
         load_gguf(write_gguf(tmp_path / "m.gguf", model, extra=extra))
-    assert "blk.7.ffn_up.weight is unexpected" in str(error.value)
+    assert "'blk.7.ffn_up.weight' is unexpected" in str(error.value)
     assert "blk.0.ffn_up.weight has shape [4, 64]; expected [96, 64]" in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("edit", "error", "message"),
     [
-        (lambda w: w.add_block_count(1 << 31), ValueError, "claims 2147483648 layers"),
+        (lambda w: w.add_block_count(1 << 31), ValueError, "block_count is 2147483648; expected"),
         (lambda w: w.add_expert_count(8), NotImplementedError, "mixture of 8 experts"),
         (lambda w: w.add_rope_dimension_count(8), NotImplementedError, "rotates 8 of"),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), NotImplementedError, "'longrope'"),
-        (lambda w: w.add_layer_norm_rms_eps(float("nan")), ValueError, "rms_norm_eps is nan"),
+        (
+            lambda w: w.add_layer_norm_rms_eps(float("nan")),
+            ValueError,
+            "layer_norm_rms_epsilon is nan; expected a finite",
+        ),
     ],
 )
 def test_metadata_that_cannot_be_used(tmp_path, edit, error, message):

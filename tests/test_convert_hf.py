@@ -130,7 +130,8 @@ def test_harmless_tensors_are_ignored(tiny_hf, tmp_path):
     [
         ({"num_hidden_layers": 1 << 40}, "num_hidden_layers is 1099511627776, but the checkpoint holds only"),
         ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
-        ({"hidden_size": 1 << 40, "head_dim": 8}, "has shape"),
+        ({"hidden_size": 1 << 40, "head_dim": 8}, "hidden_size is 1099511627776; expected a whole number of at most"),
+        ({"hidden_size": 1 << 30, "head_dim": 8}, "has shape"),
         ({"intermediate_size": 47}, r"expected \[47, 32\]"),
         ({"vocab_size": -5}, "vocab_size is -5"),
         ({"num_key_value_heads": 4}, r"k_proj.weight has shape \[16, 32\]; expected \[32, 32\]"),

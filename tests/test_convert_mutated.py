@@ -130,7 +130,7 @@ LAYER_VALUES = [
 @pytest.mark.parametrize(("key", "value"), LAYER_VALUES, ids=lambda value: repr(value)[:30])
 def test_layer_configs_that_lie(copy, key, value):
     edit_layer(copy, **{key: value})
-    assert LAYER in refused(copy)
+    assert LAYER in refused(copy) or "more than 64 bits" in refused(copy)
 
 
 MODEL_VALUES = [
@@ -199,9 +199,9 @@ CONTENTS = [
     (lambda t: t.update({f"{LAYER}.indices": t[f"{LAYER}.indices"][..., :-1].copy()}), "q_proj.indices has shape"),
     (
         lambda t: t.update({f"{LAYER}.weight": np.zeros((128, 128), np.float32)}),
-        "q_proj.weight of shape .* is unexpected",
+        "q_proj.weight' of shape .* is unexpected",
     ),
-    (lambda t: t.update({f"{LAYER}.bias": np.zeros(128, np.float32)}), "q_proj.bias of .* is unexpected"),
+    (lambda t: t.update({f"{LAYER}.bias": np.zeros(128, np.float32)}), "q_proj.bias' of .* is unexpected"),
     (lambda t: t.update({"model.layers.7.mlp.up_proj.indices": np.zeros(4, np.int32)}), "is unexpected"),
     (lambda t: t.update({f"{LAYER}.centroids.weight": t[f"{LAYER}.centroids.weight"].astype(np.int32)}), "dtype int32"),
 ]

@@ -139,8 +139,8 @@ def test_round_trip_through_json_and_transformers(family, options):
         ({"hidden_size": True}, "hidden_size is True; expected a whole number"),
         ({"hidden_size": 32.5}, "hidden_size is 32.5"),
         ({"hidden_size": -32}, "hidden_size is -32; expected a whole number of at least 1"),
-        ({"num_hidden_layers": 0}, "num_layers is 0; expected a whole number of at least 1"),
-        ({"num_attention_heads": 0}, "num_heads is 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; expected a whole number of at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"num_key_value_heads": 3}, "num_heads is 4 and num_kv_heads is 3; expected num_kv_heads to divide num_heads"),
         ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
         ({"head_dim": 7}, "head_dim is 7; expected an even number"),
@@ -158,7 +158,7 @@ def test_round_trip_through_json_and_transformers(family, options):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, which is not supported; supported: 1.0"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0; expected at least 1"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types has 1 entries; expected"),
-        ({"model_type": "qwen2", "layer_types": ["full_attention", "chunked"]}, "layer_types holds chunked"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention", "chunked"]}, "layer_types holds 'chunked'"),
     ],
 )
 def test_what_is_refused_is_named(changes, message):

@@ -1,5 +1,6 @@
 """`quantize_weight`: every spec, what it reports, what it refuses, and the golden operators."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vptq_jax.quantize.columns import arrange
-from vptq_jax.quantize.weight import prepare, quantize_weight, search
-from vptq_jax.spec import VQSpec
+from vptq_jax.quantize.weight import check_finite, prepare, quantize_weight, search, store
+from vptq_jax.spec import QuantConfig, VQSpec
 
 FAST = {"kmeans_iters": 8, "rounds": 1}
 
@@ -236,3 +237,76 @@ def test_golden_operators_beat_the_original(shared, name, spec, config):
     array, stats = quantize_weight(data["weight"], data["hessian"], spec, key=jax.random.key(0), rounds=1)
     assert stats["error_residual" if "error_residual" in stats else "error_pass"] < original
     assert relative_error(data["weight"], array, data["hessian"]) < 0.8 * original
+
+
+@pytest.mark.parametrize("spec", ["v4-k16", "v4-k16-nonorm", "v4-k16-4-o10v2k4"])
+@pytest.mark.parametrize(("of_weight", "of_hessian"), [(100, 0), (-100, 0), (0, 100), (0, -96), (90, -60), (-98, 100)])
+def test_units_of_weight_and_hessian_change_nothing(spec, of_weight, of_hessian):
+    W, H = operator(32, 40)
+    array, stats = quantize_weight(W, H, spec, key=jax.random.key(0), **FAST)
+    scaled, found = quantize_weight(
+        np.ldexp(W, of_weight), np.ldexp(H, of_hessian), spec, key=jax.random.key(0), **FAST
+    )
+    assert found == stats
+    np.testing.assert_array_equal(scaled.indices, array.indices)
+    np.testing.assert_array_equal(np.asarray(scaled.dequantize()), np.ldexp(np.asarray(array.dequantize()), of_weight))
+
+
+@pytest.mark.parametrize("factor", [1e30, 1e-30, 3.0])
+def test_any_units_give_the_same_relative_error(factor):
+    W, H = operator(32, 40)
+    _, stats = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), **FAST)
+    for weight, hessian in ((W * np.float32(factor), H), (W, H * np.float32(factor))):
+        _, found = quantize_weight(weight, hessian, "v4-k16", key=jax.random.key(0), **FAST)
+        np.testing.assert_allclose(found["error"], stats["error"], rtol=0.05)
+
+
+def true_error(array, W, H):
+    """tr(E H E^T) / tr(W H W^T) in float64."""
+    E = np.asarray(array.dequantize(), np.float64) - np.asarray(W, np.float64)
+    H, W = np.asarray(H, np.float64), np.asarray(W, np.float64)
+    return np.sum(E @ H * E) / np.sum(W @ H * W)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-5, 1e-6, 1e-7, 1e-8, 1e-20, 1e6, 1e20])
+def test_what_is_stored_has_the_error_that_is_reported(factor):
+    W, H = operator(32, 40)
+    W = W * np.float32(factor)
+    array, stats = quantize_weight(W, H, "v4-k64", key=jax.random.key(0), **FAST)
+    stored, error, wide = store(array, jnp.asarray(W), jnp.asarray(H), stats["error"])
+    stored.validate()
+    np.testing.assert_allclose(error, true_error(stored, W, H), rtol=1e-4)
+    np.testing.assert_allclose(error, stats["error"], rtol=0.011)
+    assert bool(wide) == (not 1e-5 <= factor < 1e5)
+    assert stored.codebook.dtype == jnp.float16
+    assert (stored.scale.dtype == jnp.float16) == (not wide)
+
+
+def test_a_result_that_is_not_finite_is_an_error():
+    W, H = operator(32, 40)
+    array, stats = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), **FAST)
+    check_finite(array, stats, "layer 7")
+    with pytest.raises(ValueError, match=r"layer 7: .*NaN or infinite \(scale\)"):
+        check_finite(dataclasses.replace(array, scale=array.scale.at[3].set(jnp.inf)), stats, "layer 7")
+    with pytest.raises(ValueError, match=r"layer 7: .*NaN or infinite \(error\)"):
+        check_finite(array, stats | {"error": float("nan")}, "layer 7")
+    with pytest.raises(ValueError, match="the Hessian holds NaN or infinite"):
+        quantize_weight(W, H.astype(np.float64) * 1e300, "v4-k16", key=jax.random.key(0), **FAST)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kmeans_iters": 1.5}, "kmeans_iters is 1.5; expected a whole number"),
+        ({"samples_per_centroid": 0}, "samples_per_centroid is 0; expected a whole number of at least 1"),
+        ({"rounds": True}, "rounds is True; expected a whole number"),
+        ({"tolerance": float("nan")}, "tolerance is nan; expected a number of at least 0"),
+        ({"damping": "much"}, "damping is 'much'; expected a number"),
+    ],
+)
+def test_options_of_the_wrong_kind(options, message):
+    W, H = operator(32, 40)
+    with pytest.raises(ValueError, match=message):
+        quantize_weight(W, H, "v4-k16", key=jax.random.key(0), **options)
+    with pytest.raises(ValueError, match=message):
+        QuantConfig("v4-k16", **options)

@@ -3,7 +3,8 @@
 A checkpoint is a directory:
 
     vptq_jax.json   format version, model config, layout of every quantized layer, dtype and shape
-                    of every array, size and CRC-32 of every file, generation config, metadata
+                    of every array, size and CRC-32 of every file, generation config, metadata,
+                    and a CRC-32 of all this
     arrays/         the arrays, as Orbax stores them
     tokenizer/      the tokenizer's files, if the model has one
     quant_report.json, *.png    how it was quantized, if a report was given
@@ -35,8 +36,8 @@ from jaxtyping import Array
 from vptq_jax.array import VQArray, expected_shapes
 from vptq_jax.convert.files import read_json
 from vptq_jax.convert.problems import raise_problems
-from vptq_jax.convert.source import quantized_layers
-from vptq_jax.convert.tokenizer import load_tokenizer
+from vptq_jax.convert.source import FLOATS, quantized_layers
+from vptq_jax.convert.tokenizer import load_tokenizer, save_tokenizer
 from vptq_jax.files import Kind, new_directory
 from vptq_jax.models.config import ModelConfig, RopeConfig
 from vptq_jax.models.decoder import Decoder
@@ -44,6 +45,7 @@ from vptq_jax.models.linear import Linear, VQLinear, unprepare
 from vptq_jax.models.params import AbstractSource
 from vptq_jax.models.registry import build
 from vptq_jax.report import REPORT_FILES, QuantReport
+from vptq_jax.schema import REQUIRED, Reader, is_integer, short
 from vptq_jax.spec import VQLayout
 
 FORMAT_VERSION = 1
@@ -92,11 +94,11 @@ def save(
         arrays = {name: _stored(name, leaf) for name, leaf in _leaves(model)[0].items()}
         _write_arrays(temporary / _ARRAYS, arrays)
         if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(temporary / _TOKENIZER)
+            save_tokenizer(model.tokenizer, temporary / _TOKENIZER)
         if report is not None:
             report.save(temporary)
         manifest = _manifest(model, arrays) | {"metadata": json.loads(text), "files": _checksums(temporary)}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (temporary / MANIFEST).write_text(json.dumps(manifest | {"crc": _json_crc(manifest)}, indent=1))
 
 
 def load(path: str | Path, *, sharding: Shardings | None = None, verify: bool = True) -> Decoder:
@@ -155,13 +157,13 @@ def file_problems(path: str | Path, *, verify: bool = True) -> Iterator[str]:
     for name, (size, crc) in _read_manifest(path)["files"].items():
         file = path / name
         if not file.resolve().is_relative_to(path.resolve()):
-            yield f"{name} lies outside the checkpoint"
+            yield f"{short(name)} lies outside the checkpoint"
         elif not file.is_file():
-            yield f"{name} is missing"
+            yield f"{short(name)} is missing"
         elif file.stat().st_size != size:
-            yield f"{name} has {file.stat().st_size} bytes; expected {size} (truncated?)"
+            yield f"{short(name)} has {file.stat().st_size} bytes; expected {size} (truncated?)"
         elif verify and _crc(file) != crc:
-            yield f"{name} has changed since it was saved (its CRC-32 differs)"
+            yield f"{short(name)} has changed since it was saved (its CRC-32 differs)"
 
 
 def _files(path: Path) -> set[str] | None:
@@ -234,6 +236,9 @@ class _ManifestSource(AbstractSource):
         if record is None:
             return super().linear(name, out_features, in_features, bias=bias)
         layout = VQLayout(**record["layout"])
+        for key in ("normalize", "permute"):
+            if not isinstance(record[key], bool):
+                raise ValueError(f"{key} of {short(name)} is {short(record[key])}; expected true or false")
         shapes = expected_shapes(layout, normalize=record["normalize"], permute=record["permute"])
         fields: dict[str, Any] = {
             field: None if shape is None else jax.ShapeDtypeStruct(shape, self.dtype) for field, shape in shapes.items()
@@ -246,20 +251,30 @@ class _ManifestSource(AbstractSource):
 def _shell(path: Path, manifest: Mapping[str, Any]) -> tuple[Decoder, list[str], Any]:
     """The model without arrays, and the names and the tree structure of its arrays."""
     try:
-        shell = build(_config_from(manifest["config"]), _ManifestSource(manifest))
+        config = _config_from(manifest["config"])
+        if config.num_layers > len(manifest["arrays"]):
+            raise ValueError(f"num_layers is {config.num_layers}, but it has {len(manifest['arrays'])} arrays")
+        shell = build(config, _ManifestSource(manifest))
         leaves, structure = _leaves(shell)
-        raise_problems(f"{path / MANIFEST} disagrees with itself", _array_problems(leaves, manifest["arrays"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error})") from error
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        reason = short(str(error)) if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {reason})") from error
+    raise_problems(f"{path / MANIFEST} disagrees with itself", _array_problems(leaves, manifest["arrays"]))
     return shell, list(leaves), structure
 
 
+_INTEGERS = {"indices": ("uint32",), "outlier_indices": ("uint16",), "perm": ("uint16", "int32")}
+
+
 def _array_problems(expected: Mapping[str, Any], recorded: Mapping[str, Any]) -> Iterator[str]:
-    for name in expected.keys() | recorded.keys():
-        found = list(recorded[name][1]) if name in recorded else None
+    for name in sorted(expected.keys() | recorded.keys()):
+        dtype, found = recorded.get(name, (None, None))
         wanted = list(expected[name].shape) if name in expected else None
         if found != wanted:
-            yield f"array {name} has shape {found}; the config and layouts ask for {wanted}"
+            yield f"array {short(name)} has shape {short(found)}; the config and layouts ask for {wanted}"
+        elif dtype not in _INTEGERS.get(name.rpartition(".")[2], FLOATS):
+            kinds = ", ".join(_INTEGERS.get(name.rpartition(".")[2], FLOATS))
+            yield f"array {short(name)} has dtype {short(dtype)}; expected {kinds}"
 
 
 def _abstract_arrays(manifest: Mapping[str, Any], sharding: Shardings | None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -292,9 +307,18 @@ def _read_arrays(path: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[
 
     try:
         with _ORBAX, ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path.absolute(), abstract)
+            stored = checkpointer.metadata(path.absolute()).item_metadata.tree
+            # Orbax would convert in silence.
+            changed = [name for name, array in abstract.items() if stored[name].dtype != array.dtype]
+            arrays = None if changed else checkpointer.restore(path.absolute(), abstract)
     except Exception as error:  # idem
         raise ValueError(str(_storage_error(error, path, "cannot be restored"))) from error
+    if arrays is None:
+        first = changed[0]
+        raise ValueError(
+            f"{path} holds {short(first)} in {stored[first].dtype}, but {MANIFEST} says {abstract[first].dtype}"
+        )
+    return arrays
 
 
 def _storage_error(error: Exception, path: Path, what: str) -> OSError:
@@ -345,15 +369,38 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not is_checkpoint(path):
         raise FileNotFoundError(f"{path} is no vptq_jax checkpoint: it has no {MANIFEST}")
     manifest = read_json(path / MANIFEST)
-    version = manifest.get("format_version")
-    if manifest.get("format") != "vptq_jax" or not isinstance(version, int):
+    fields = Reader(manifest)
+    version = fields.integer("format_version", low=1)
+    if manifest.get("format") != "vptq_jax" or version is None:
         raise ValueError(f"{path / MANIFEST} does not describe a vptq_jax checkpoint")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {version}, written by vptq_jax {manifest.get('library_version')}; "
+            f"{path} has format version {version}, written by vptq_jax {short(manifest.get('library_version'))}; "
             f"this version reads up to {FORMAT_VERSION}. Upgrade vptq_jax"
         )
-    for key in ("config", "layers", "arrays", "metadata", "files"):
-        if not isinstance(manifest.get(key), dict):
-            raise ValueError(f"{path / MANIFEST} is damaged: {key} is missing or no object")
+    # Manifests of 0.1.0 and before have no checksum of their own.
+    if "crc" in manifest and manifest["crc"] != _json_crc({k: v for k, v in manifest.items() if k != "crc"}):
+        raise ValueError(f"{path / MANIFEST} has changed since it was saved (its CRC-32 differs)")
+    for key in ("config", "layers", "metadata"):
+        fields.object(key, REQUIRED)
+    fields.object("generation_config", None)
+    _check_pairs(fields, "files", lambda pair: all(is_integer(n) and n >= 0 for n in pair), "a size and a CRC-32")
+    _check_pairs(
+        fields, "arrays",
+        lambda pair: isinstance(pair[0], str) and isinstance(pair[1], list) and all(map(is_integer, pair[1])),
+        "a dtype and a shape",
+    )  # fmt: skip
+    raise_problems(f"{path / MANIFEST} is damaged", fields.problems)
     return manifest
+
+
+def _check_pairs(fields: Reader, key: str, is_right: Callable[[list], bool], expected: str) -> None:
+    pairs = fields.object(key, REQUIRED)
+    for name, pair in ({} if pairs is None else pairs.raw).items():
+        if not isinstance(pair, list) or len(pair) != 2 or not is_right(pair):
+            fields.problems.append(f"{key} has {short(pair)} for {short(name)}; expected {expected}")
+
+
+def _json_crc(manifest: Mapping[str, Any]) -> int:
+    """CRC-32 of JSON values, whatever the order of keys and the space between them."""
+    return zlib.crc32(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())

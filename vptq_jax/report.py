@@ -34,7 +34,8 @@ class QuantReport:
         operators: one row per quantized operator in forward order: `path`, `spec`, `out_features`, `in_features`,
             `bits_nominal` and `bits_total` (bits per weight; indices alone, and everything stored), relative
             proxy errors `error_kmeans`, `error_pass`, `error_residual`, `error_refine_1` ... as far as the spec has
-            them, `error` (the final one), `damping`, `dead_columns`, `rounds`, `seconds`.
+            them, `error` (of what is stored), `damping`, `dead_columns`, `rounds`, `seconds`, and `wide` (tensors that
+            are stored in float32 because float16 would have changed the result; only where there are any).
         config: what was asked for.
         seconds: wall-clock seconds by stage.
         peak_memory: bytes by place, `host` and, where the backend counts it, `device`.
@@ -203,4 +204,6 @@ def _notes(row: Mapping[str, Any], damping: float) -> str:
         notes.append(f"{row['dead_columns']} dead inputs")
     if row.get("damping", 0.0) > 1.001 * damping:
         notes.append(f"damping {row['damping']:.3g}")
+    if row.get("wide"):
+        notes.append(f"{', '.join(row['wide'])} in float32")
     return ", ".join(notes)

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+from vptq_jax.schema import bounds, is_finite, is_integer, short
+
 MAX_VECTOR_LEN = 64
 MAX_CENTROIDS = 65536
 
@@ -178,6 +180,9 @@ class VQLayout:
     num_outlier_centroids: int = 0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if not is_integer(getattr(self, field.name)):
+                raise ValueError(f"{field.name} is {short(getattr(self, field.name))}; expected a whole number")
         if self.out_features < 1 or self.in_features < 1:
             raise ValueError(f"weight shape is [{self.out_features}, {self.in_features}]; expected both at least 1")
         _check_vector_len(self.vector_len, "vector length")
@@ -236,6 +241,30 @@ class VQLayout:
 
 Mode = Literal["independent", "sequential"]
 
+_MOST = 1 << 20  # rounds and iterations: more is a slip of the pen
+
+
+def check_search_options(
+    *, kmeans_iters: int, samples_per_centroid: int, rounds: int, tolerance: float, damping: float
+) -> None:
+    """Raises ValueError unless the options of a search are numbers of the right kind, in range."""
+    for name, value, low in (
+        ("kmeans_iters", kmeans_iters, 1),
+        ("samples_per_centroid", samples_per_centroid, 1),
+        ("rounds", rounds, 0),
+    ):
+        _check_whole(name, value, low, _MOST)
+    for name, number in (("tolerance", tolerance), ("damping", damping)):
+        if not is_finite(number) or not 0 <= number <= _MOST:
+            raise ValueError(f"{name} is {short(number)}; expected a number of at least 0")
+
+
+def _check_whole(name: str, value: int, low: int, high: int) -> None:
+    if not is_integer(value):
+        raise ValueError(f"{name} is {short(value)}; expected a whole number")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {short(value)}; expected {bounds(value, low, high)}")
+
 
 def _text(format: VQSpec | VQLayout, outliers: float) -> str:
     text = f"v{format.vector_len}-k{format.num_centroids}"
@@ -289,18 +318,26 @@ class QuantConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "spec", as_spec(self.spec))
         rules = []
-        for pattern, spec in self.rules:
+        for rule in self.rules:
+            if not isinstance(rule, list | tuple) or len(rule) != 2 or not isinstance(rule[0], str):
+                raise ValueError(f"rule {short(rule)} is no pair of a regular expression and a spec or None")
+            pattern, spec = rule
             try:
                 re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from None
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"rule {short(pattern)} is not a regular expression: {error}") from None
             rules.append((pattern, as_spec(spec)))
         object.__setattr__(self, "rules", tuple(rules))
-        for name, low in (("kmeans_iters", 1), ("samples_per_centroid", 1), ("rounds", 0), ("damping", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")
+        check_search_options(
+            kmeans_iters=self.kmeans_iters,
+            samples_per_centroid=self.samples_per_centroid,
+            rounds=self.rounds,
+            tolerance=self.tolerance,
+            damping=self.damping,
+        )
+        _check_whole("seed", self.seed, 0, (1 << 32) - 1)
         if self.mode not in ("independent", "sequential"):
-            raise ValueError(f"mode is {self.mode!r}; expected 'independent' or 'sequential'")
+            raise ValueError(f"mode is {short(self.mode)}; expected 'independent' or 'sequential'")
 
     def spec_for(self, path: str, *, decoder_linear: bool = True) -> VQSpec | None:
         """The spec of a module path: the first matching rule, else the default for decoder linears."""

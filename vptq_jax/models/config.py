@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from vptq_jax.schema import INT32, Reader, is_finite, is_integer, short
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 ACTIVATIONS = ("silu", "swish")
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_LAYERS = 1 << 16
+_MAX_HEAD_DIM = 1 << 16
+_SMALLEST_EPS = 1e-30  # no zero in float32
+_MAX_THETA = 1e30  # its powers must be float32 numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +48,23 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         if self.type not in ROPE_TYPES:
-            raise ValueError(f"rope type is {self.type!r}, which is not supported; supported: {', '.join(ROPE_TYPES)}")
-        if not (math.isfinite(self.theta) and self.theta > 1):
-            raise ValueError(f"rope theta is {self.theta}; expected a number above 1")
-        if not (math.isfinite(self.factor) and self.factor >= 1):
-            raise ValueError(f"rope factor is {self.factor}; expected a number of at least 1")
+            raise ValueError(
+                f"rope type is {short(self.type)}, which is not supported; supported: {', '.join(ROPE_TYPES)}"
+            )
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            if not is_finite(getattr(self, name)):
+                raise ValueError(f"rope {name} is {short(getattr(self, name))}; expected a finite number")
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            if value is not None and not (is_finite(value) and 0 <= value < _MAX_THETA):
+                raise ValueError(f"rope {name} is {short(value)}; expected a number from 0 on, or None")
+        if not 1 < self.theta <= _MAX_THETA:
+            raise ValueError(f"rope theta is {self.theta}; expected a number above 1, at most {_MAX_THETA:g}")
+        if not 1 <= self.factor <= INT32:
+            raise ValueError(f"rope factor is {self.factor}; expected a number of at least 1, at most {INT32}")
+        original = self.original_max_position_embeddings
+        if original is not None and not (is_integer(original) and 1 <= original <= INT32):
+            raise ValueError(f"rope original_max_position_embeddings is {short(original)}; expected 1 to {INT32}")
         if self.type in ("llama3", "yarn") and not self.original_max_position_embeddings:
             raise ValueError(f"rope type {self.type!r} needs original_max_position_embeddings")
         if self.type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
@@ -153,8 +170,8 @@ class ModelConfig:
             raise ValueError(f"the model config is a {type(raw).__name__}; expected a JSON object")
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in _FAMILIES:
-            raise ValueError(f"model_type is {model_type!r}, which is not supported; supported: {supported()}")
-        reader = _Reader(raw)
+            raise ValueError(f"model_type is {short(model_type)}, which is not supported; supported: {supported()}")
+        reader = Reader(raw)
         fields = _read_fields(reader, model_type)
         if reader.problems:
             raise ValueError(_report(f"the config of this {model_type} model cannot be used", reader.problems))
@@ -225,44 +242,7 @@ def _report(what: str, problems: list[str]) -> str:
     return f"{what}:\n" + "\n".join(f"  {problem}" for problem in problems)
 
 
-_REQUIRED = object()
-
-
-class _Reader:
-    """Typed reads from a JSON object; problems gather in a list."""
-
-    def __init__(self, raw: Mapping[str, Any], prefix: str = "", problems: list[str] | None = None):
-        self.raw, self.prefix = raw, prefix
-        self.problems: list[str] = [] if problems is None else problems
-
-    def read(self, key: str, kinds: tuple[type, ...], expected: str, default: Any = _REQUIRED) -> Any:
-        value = self.raw.get(key, default)
-        if value is _REQUIRED:
-            self.problems.append(f"{self.prefix}{key} is missing; expected {expected}")
-            return None
-        if value is default or (value is None and default is None):
-            return default
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            self.problems.append(f"{self.prefix}{key} is {value!r}; expected {expected}")
-            return None if default is _REQUIRED else default
-        return value
-
-    def integer(self, key: str, default: Any = _REQUIRED) -> Any:
-        return self.read(key, (int,), "a whole number", default)
-
-    def number(self, key: str, default: Any = _REQUIRED) -> Any:
-        value = self.read(key, (int, float), "a number", default)
-        return value if value is None else float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        return self.read(key, (bool,), "true or false", default)
-
-    def object(self, key: str) -> _Reader | None:
-        value = self.read(key, (Mapping,), "a JSON object", None)
-        return None if value is None else _Reader(value, f"{self.prefix}{key}.", self.problems)
-
-
-def _read_fields(reader: _Reader, model_type: str) -> dict[str, Any]:
+def _read_fields(reader: Reader, model_type: str) -> dict[str, Any]:
     family = _FAMILIES[model_type]
     fields: dict[str, Any] = {"model_type": model_type}
     for name, key in (
@@ -272,13 +252,15 @@ def _read_fields(reader: _Reader, model_type: str) -> dict[str, Any]:
         ("num_layers", "num_hidden_layers"),
         ("num_heads", "num_attention_heads"),
     ):
-        fields[name] = reader.integer(key)
+        fields[name] = reader.integer(key, low=1, high=MAX_LAYERS if name == "num_layers" else INT32)
     heads = fields["num_heads"]
     # A config may omit the number of key and value heads (the family's default) or say null (as many as heads).
     fields["num_kv_heads"] = (
-        reader.integer("num_key_value_heads", None) if "num_key_value_heads" in reader.raw else family.num_kv_heads
+        reader.integer("num_key_value_heads", None, low=1)
+        if "num_key_value_heads" in reader.raw
+        else family.num_kv_heads
     ) or heads
-    head_dim = reader.integer("head_dim", None)
+    head_dim = reader.integer("head_dim", None, low=1)
     if head_dim is None and fields["hidden_size"] and heads and heads > 0:
         if fields["hidden_size"] % heads:
             reader.problems.append(
@@ -288,7 +270,7 @@ def _read_fields(reader: _Reader, model_type: str) -> dict[str, Any]:
         head_dim = fields["hidden_size"] // heads
     fields["head_dim"] = head_dim
     fields["rms_norm_eps"] = reader.number("rms_norm_eps", 1e-6)
-    fields["max_position_embeddings"] = reader.integer("max_position_embeddings", family.max_position_embeddings)
+    fields["max_position_embeddings"] = reader.integer("max_position_embeddings", family.max_position_embeddings, low=1)
     fields["tie_word_embeddings"] = reader.boolean("tie_word_embeddings", False)
     fields["initializer_range"] = reader.number("initializer_range", 0.02)
     fields["bos_token_id"] = _first(_token_ids(reader, "bos_token_id", family.bos))
@@ -303,8 +285,8 @@ def _read_fields(reader: _Reader, model_type: str) -> dict[str, Any]:
     if family.sliding:
         fields |= _read_window(reader, model_type, fields["num_layers"])
     activation = reader.raw.get("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        reader.problems.append(f"hidden_act is {activation!r}, which is not supported; supported: silu")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        reader.problems.append(f"hidden_act is {short(activation)}, which is not supported; supported: silu")
     fields["rope"] = _read_rope(reader, fields["max_position_embeddings"])
     return fields
 
@@ -313,26 +295,25 @@ def _first(ids: tuple[int, ...]) -> int | None:
     return ids[0] if ids else None
 
 
-def _token_ids(reader: _Reader, key: str, default: int | None) -> tuple[int, ...]:
+def _token_ids(reader: Reader, key: str, default: int | None) -> tuple[int, ...]:
     value = reader.raw.get(key, default)
     ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        reader.problems.append(f"{key} is {value!r}; expected a token id, a list of them, or null")
-        return ()
+    if not all(is_integer(i) and i <= INT32 for i in ids):
+        return reader.refuse(key, "a token id, a list of them, or null", ())
     # Negative ids are an old way to say that there is no such token.
     return tuple(i for i in ids if i >= 0)
 
 
-def _read_dtype(reader: _Reader) -> str:
+def _read_dtype(reader: Reader) -> str:
     value = reader.raw.get("dtype", reader.raw.get("torch_dtype")) or "float32"
     name = value.removeprefix("torch.") if isinstance(value, str) else value
-    if name not in DTYPES:
-        reader.problems.append(f"dtype is {value!r}, which is not supported; supported: {', '.join(DTYPES)}")
+    if not isinstance(name, str) or name not in DTYPES:
+        reader.problems.append(f"dtype is {short(value)}, which is not supported; supported: {', '.join(DTYPES)}")
         return "float32"
     return name
 
 
-def _read_window(reader: _Reader, model_type: str, num_layers: int | None) -> dict[str, Any]:
+def _read_window(reader: Reader, model_type: str, num_layers: int | None) -> dict[str, Any]:
     # Null means no window; a missing key means the family's own.
     given = "sliding_window" in reader.raw
     window = reader.integer("sliding_window", None if given else _FAMILIES[model_type].sliding_window)
@@ -343,10 +324,10 @@ def _read_window(reader: _Reader, model_type: str, num_layers: int | None) -> di
         full = tuple(range(min(reader.integer("max_window_layers", 28) or 0, num_layers or 0)))
     kinds = reader.read("layer_types", (list,), "a list", None)
     if kinds is not None:
-        unknown = sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"})
+        unknown = sorted({short(kind) for kind in kinds if kind not in ("full_attention", "sliding_attention")})
         if unknown:
             reader.problems.append(
-                f"layer_types holds {', '.join(unknown)}, which is not supported; "
+                f"layer_types holds {', '.join(unknown[:4])}, which is not supported; "
                 "supported: full_attention, sliding_attention"
             )
         if num_layers is not None and len(kinds) != num_layers:
@@ -355,12 +336,12 @@ def _read_window(reader: _Reader, model_type: str, num_layers: int | None) -> di
     return {"sliding_window": window, "full_attention_layers": full if window is not None else ()}
 
 
-def _read_rope(reader: _Reader, max_position_embeddings: int) -> RopeConfig | None:
-    section = reader.object("rope_parameters") or reader.object("rope_scaling") or _Reader({}, problems=reader.problems)
+def _read_rope(reader: Reader, max_position_embeddings: int) -> RopeConfig | None:
+    section = reader.object("rope_parameters") or reader.object("rope_scaling") or Reader({}, problems=reader.problems)
     nested = [key for key, value in section.raw.items() if isinstance(value, Mapping)]
     if nested:
         reader.problems.append(
-            f"{section.prefix}{nested[0]} is an object: one rope per layer type is not supported; "
+            f"{section.prefix}{short(nested[0])} is an object: one rope per layer type is not supported; "
             "expected one flat set of rope parameters"
         )
         return None
@@ -368,21 +349,23 @@ def _read_rope(reader: _Reader, max_position_embeddings: int) -> RopeConfig | No
     if theta is None:
         theta = reader.number("rope_theta", None)
     kind = section.raw.get("rope_type") or section.raw.get("type") or "default"
-    if kind not in ROPE_TYPES:
-        reader.problems.append(f"rope type is {kind!r}, which is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        reader.problems.append(
+            f"rope type is {short(kind)}, which is not supported; supported: {', '.join(ROPE_TYPES)}"
+        )
         return None
     for place in (section, reader):
         if place.number("partial_rotary_factor", 1.0) != 1.0:
             reader.problems.append(
-                f"{place.prefix}partial_rotary_factor is {place.raw['partial_rotary_factor']}, "
+                f"{place.prefix}partial_rotary_factor is {short(place.raw['partial_rotary_factor'])}, "
                 "which is not supported; supported: 1.0"
             )
     values: dict[str, Any] = {"type": kind, "theta": 10000.0 if theta is None else theta}
     if kind in ("llama3", "yarn"):
         # As transformers: the top level wins, and the context of the config is the last resort.
-        original = reader.integer("original_max_position_embeddings", None)
+        original = reader.integer("original_max_position_embeddings", None, low=1)
         if original is None:
-            original = section.integer("original_max_position_embeddings", None)
+            original = section.integer("original_max_position_embeddings", None, low=1)
         values["original_max_position_embeddings"] = original or max_position_embeddings
     if kind == "yarn" and section.raw.get("factor") is None and values["original_max_position_embeddings"]:
         values["factor"] = max_position_embeddings / values["original_max_position_embeddings"]
@@ -404,17 +387,48 @@ def _read_rope(reader: _Reader, max_position_embeddings: int) -> RopeConfig | No
         return None
 
 
-def _problems(config: ModelConfig) -> list[str]:
+def _type_problems(config: ModelConfig) -> list[str]:
     problems = []
-    for name in (
+
+    def check(names: tuple[str, ...], is_right: Callable[[Any], bool], expected: str) -> None:
+        problems.extend(
+            f"{name} is {short(getattr(config, name))}; expected {expected}"
+            for name in names
+            if not is_right(getattr(config, name))
+        )
+
+    sizes = (
         "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
         "max_position_embeddings",
-    ):  # fmt: skip
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            problems.append(f"{name} is {value!r}; expected a whole number of at least 1")
+    )  # fmt: skip
+    flags = ("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias")
+    check(sizes, lambda value: is_integer(value) and value >= 1, "a whole number of at least 1")
+    check(sizes, lambda value: not is_integer(value) or value <= INT32, f"a whole number of at most {INT32}")
+    check(("rms_norm_eps", "initializer_range"), is_finite, "a finite number")
+    check(flags, lambda value: isinstance(value, bool), "true or false")
+    check(("rope",), lambda value: isinstance(value, RopeConfig), "a RopeConfig")
+    check(
+        ("sliding_window", "bos_token_id", "pad_token_id"),
+        lambda value: value is None or (is_integer(value) and value <= INT32),
+        f"a whole number up to {INT32}, or None",
+    )
+    check(
+        ("full_attention_layers", "eos_token_id"),
+        lambda value: isinstance(value, tuple) and all(map(is_integer, value)),
+        "a tuple of whole numbers",
+    )
+    check(("model_type", "dtype"), lambda value: isinstance(value, str), "a text")
+    return problems
+
+
+def _problems(config: ModelConfig) -> list[str]:
+    problems = _type_problems(config)
     if problems:
         return problems
+    if config.num_layers > MAX_LAYERS:
+        problems.append(f"num_layers is {config.num_layers}; expected at most {MAX_LAYERS}")
+    if config.context_length > INT32:
+        problems.append(f"the rope stretches the context to {config.context_length} tokens; expected at most {INT32}")
     if config.model_type not in _FAMILIES:
         problems.append(f"model_type is {config.model_type!r}, which is not supported; supported: {supported()}")
     elif config.sliding_window is not None and not _FAMILIES[config.model_type].sliding:
@@ -424,12 +438,14 @@ def _problems(config: ModelConfig) -> list[str]:
             f"num_heads is {config.num_heads} and num_kv_heads is {config.num_kv_heads}; "
             "expected num_kv_heads to divide num_heads"
         )
+    if config.head_dim > _MAX_HEAD_DIM:
+        problems.append(f"head_dim is {config.head_dim}; expected at most {_MAX_HEAD_DIM}")
     if config.head_dim % 2:
         problems.append(f"head_dim is {config.head_dim}; expected an even number (rotary embedding pairs dimensions)")
     if config.rope.type == "dynamic" and config.head_dim == 2:
         problems.append("head_dim is 2; rope type 'dynamic' needs at least 4")
-    if not (math.isfinite(config.rms_norm_eps) and config.rms_norm_eps > 0):
-        problems.append(f"rms_norm_eps is {config.rms_norm_eps}; expected a number above 0")
+    if not _SMALLEST_EPS <= config.rms_norm_eps <= 1:
+        problems.append(f"rms_norm_eps is {config.rms_norm_eps}; expected a number above 0 ({_SMALLEST_EPS:g} to 1)")
     if config.sliding_window is not None and config.sliding_window < 1:
         problems.append(f"sliding_window is {config.sliding_window}; expected at least 1, or None for no window")
     if config.dtype not in DTYPES:

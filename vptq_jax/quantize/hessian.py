@@ -18,6 +18,8 @@ from jaxtyping import Float
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
+from vptq_jax.convert.files import parse_json
+from vptq_jax.convert.problems import raise_problems
 from vptq_jax.files import Kind, new_directory
 from vptq_jax.models.decoder import Block, Decoder
 from vptq_jax.models.streamed import StreamedModel
@@ -30,6 +32,7 @@ from vptq_jax.quantize.fingerprint import (
     module_digests,
     text_digest,
 )
+from vptq_jax.schema import REQUIRED, Reader, short
 
 
 class Hessians:
@@ -106,6 +109,7 @@ class Hessians:
 
 
 _FORMAT = "hessian-1"
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors writes them
 
 
 def collect_hessians(
@@ -237,8 +241,8 @@ def load_hessians(directory: str | os.PathLike[str]) -> Hessians:
         for field in ("tokens", "fingerprint", "files"):
             if header[field] != first[field]:
                 raise ValueError(
-                    f"{directory / key}.safetensors has {field} {header[field]!r} but others have {first[field]!r}; "
-                    "the directory mixes two collections"
+                    f"{directory / key}.safetensors has {field} {short(header[field])} but others have "
+                    f"{short(first[field])}; the directory mixes two collections"
                 )
     if len(files) != first["files"]:
         raise ValueError(
@@ -271,8 +275,12 @@ class _Files(Mapping):
         self.directory, self.keys_ = directory, keys
 
     def __getitem__(self, key: str) -> Float[np.ndarray, "in in"]:
-        with safetensors.safe_open(self.directory / f"{key}.safetensors", framework="numpy") as file:
-            return file.get_tensor("hessian")
+        file = self.directory / f"{key}.safetensors"
+        try:
+            with safetensors.safe_open(file, framework="numpy") as tensors:
+                return tensors.get_tensor("hessian").astype(np.float32)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{file} cannot be read any more: {error}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys_)
@@ -285,16 +293,34 @@ def _read_header(file: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(file, framework="numpy") as tensors:
             metadata = tensors.metadata() or {}
-            names = list(tensors.keys())
-            shape = tensors.get_slice("hessian").get_shape() if "hessian" in names else None
+            found = tensors.get_slice("hessian") if "hessian" in tensors.keys() else None  # noqa: SIM118
+            shape, dtype = (None, None) if found is None else (found.get_shape(), found.get_dtype())
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
-    header = json.loads(metadata["vptq_jax"]) if "vptq_jax" in metadata else {}
-    if header.get("format") != _FORMAT:
-        raise ValueError(f"{file} has format {header.get('format')!r}, expected {_FORMAT!r} as Hessians.save writes it")
-    if shape != header["shape"]:
-        raise ValueError(f"{file} holds a tensor 'hessian' of shape {shape}, expected {header['shape']}")
-    return header
+    header = Reader(parse_json(metadata.get("vptq_jax", "{}").encode(), f"the header of {file}"))
+    if header.raw.get("format") != _FORMAT:
+        raise ValueError(
+            f"{file} has format {short(header.raw.get('format'))}, expected {_FORMAT!r} as Hessians.save writes it"
+        )
+    header.items("shape", (int,), "whole numbers")
+    header.integer("tokens", low=0, high=1 << 62)
+    header.integer("files", low=1)
+    header.string("fingerprint")
+    header.string("text", "")
+    modules = header.object("modules", REQUIRED)
+    if modules is not None:
+        for path in modules.raw:
+            modules.string(path)
+        if not modules.raw:
+            header.problems.append("modules is empty; expected the layers that read this input")
+    raise_problems(f"the header of {file} is damaged", header.problems)
+    if shape != header.raw["shape"] or len(shape) != 2 or shape[0] != shape[1]:
+        raise ValueError(
+            f"{file} holds a tensor 'hessian' of shape {shape}, expected {short(header.raw['shape'])}, a square"
+        )
+    if dtype not in _FLOATS:
+        raise ValueError(f"{file} holds a tensor 'hessian' of dtype {dtype}, expected one of {', '.join(_FLOATS)}")
+    return dict(header.raw)
 
 
 def _some(names: Mapping[str, Any], limit: int = 4) -> str:

@@ -31,7 +31,7 @@ from vptq_jax.quantize.fingerprint import array_digest, json_digest
 from vptq_jax.quantize.hessian import Hessians
 from vptq_jax.quantize.linalg import check_hessian
 from vptq_jax.quantize.state import WorkDir
-from vptq_jax.quantize.weight import check_centroids, quantize_weight
+from vptq_jax.quantize.weight import check_centroids, check_finite, quantize_weight, store
 from vptq_jax.report import QuantReport, peak_memory
 from vptq_jax.spec import QuantConfig, VQSpec
 
@@ -63,7 +63,8 @@ def quantize(
         progress: show a progress bar.
 
     Returns:
-        The quantized model, codebooks in float16, and the report.
+        The quantized model, codebooks in float16 (a tensor that float16 is too narrow for stays in float32, as the
+        report says), and the report.
 
     Raises:
         ValueError: before work starts: a spec does not fit a layer, nothing is to be quantized, Hessians belong to
@@ -289,7 +290,10 @@ class _Operators:
             damping=config.damping,
             name=path,
         )
-        array = jax.block_until_ready(_stored(array))
+        array, error, wide = store(array, jnp.asarray(weight), hessian, stats["error"])
+        stats |= {"error": error} | ({"wide": wide} if wide else {})
+        check_finite(array, {"error": error}, path)
+        array = jax.block_until_ready(array)
         return array, stats | {"seconds": time.perf_counter() - started}
 
 
@@ -365,13 +369,6 @@ def _row(path: str, spec: VQSpec, array: VQArray) -> dict[str, Any]:
         "bits_nominal": array.layout.nominal_bits,
         "bits_total": array.bits_per_weight,
     }
-
-
-def _stored(array: VQArray) -> VQArray:
-    """Codebooks, scale and offset in float16, unless it is too narrow for them."""
-    narrow = jax.tree.map(lambda x: x.astype(jnp.float16) if jnp.issubdtype(x.dtype, jnp.floating) else x, array)
-    floats = [x for x in jax.tree.leaves(narrow) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return narrow if all(bool(_all_finite(x)) for x in floats) else array
 
 
 def _copy(module: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from vptq_jax.quantize.columns import Codes, Segment, arrange, assign_columns, d
 from vptq_jax.quantize.kmeans import importance_sample, kmeans
 from vptq_jax.quantize.linalg import check_hessian, inverse_factor, proxy_loss, regularize
 from vptq_jax.quantize.refine import refine
-from vptq_jax.spec import VQLayout, VQSpec
+from vptq_jax.spec import VQLayout, VQSpec, check_search_options
 
 _SMALLEST_SCALE = 1e-6  # Of the largest weight: constant columns keep a scale that can be divided by.
 _SMALLEST_SAMPLE = 1 << 16  # Vectors that k-means may train on in any case: cheap, and small codebooks gain.
@@ -92,6 +92,13 @@ def quantize_weight(
             shape, or a codebook would have more centroids than there are vectors to describe.
     """
     spec = VQSpec.parse(spec)
+    check_search_options(
+        kmeans_iters=kmeans_iters,
+        samples_per_centroid=samples_per_centroid,
+        rounds=rounds,
+        tolerance=tolerance,
+        damping=damping,
+    )
     layout = _checked_layout(W, H, spec, name)
     array, found = search(
         jnp.asarray(W),
@@ -111,6 +118,7 @@ def quantize_weight(
         raise ValueError(
             f"{name}: the Hessian is not positive semidefinite, even with ten times its mean diagonal added"
         )
+    check_finite(array, stats, name)
     ran = {f"error_refine_{i + 1}" for i in range(stats["rounds"])}
     return array, {k: v for k, v in stats.items() if not k.startswith("error_refine_") or k in ran}
 
@@ -138,7 +146,8 @@ def search(
     Stats hold an error for every round asked for, those not run repeat the last; `damping` is NaN if the Hessian
     could not be factorized.
     """
-    W, H = W.astype(jnp.float32), H.astype(jnp.float32)
+    W, unit = to_unit(W)
+    H, _ = to_unit(H)
     segments, slot_columns = arrange(layout)
     problem = prepare(W, H, damping, slot_columns, normalize=normalize, permute=permute)
     factorized = jnp.isfinite(problem.U).all()
@@ -161,7 +170,96 @@ def search(
     codes, stats["rounds"], refined = _refine(problem, codes, segments, rounds, tolerance, error)
     stats |= {f"error_refine_{i + 1}": refined[i] for i in range(rounds)}
     stats["error"] = error(codes)
-    return pack(problem, codes, segments, layout, normalize=normalize, permute=permute), stats
+    array = pack(problem, codes, segments, layout, normalize=normalize, permute=permute)
+    return _scaled(array, unit), stats
+
+
+def to_unit(x: Float[Array, "a b"]) -> tuple[Float[Array, "a b"], Float[Array, ""]]:
+    """A matrix in float32 with its largest entry between 1 and 4, and the power of four that was divided out.
+
+    Every step of the search scales with weight and Hessian, so that its result does not depend on their units, but
+    squares and products of large or small ones would leave float32. Dividing by a power of four is exact, and so is
+    the root of one, which a Cholesky factor takes.
+    """
+    x = x.astype(jnp.float32)
+    _, exponent = jnp.frexp(jnp.abs(x).max())
+    unit = jnp.ldexp(jnp.float32(1), jnp.clip((exponent - 1) // 2 * 2, -126, 126))
+    return x / unit, unit
+
+
+def _scaled(array: VQArray, factor: Float[Array, ""]) -> VQArray:
+    """The weight times a factor, which goes into scale and offset where there are any."""
+    if array.scale is None or array.offset is None:
+        books = {name: getattr(array, name) for name in ("codebook", "res_codebook", "outlier_codebook")}
+    else:
+        books = {"scale": array.scale, "offset": array.offset}
+    return dataclasses.replace(array, **{name: x * factor for name, x in books.items() if x is not None})
+
+
+def check_finite(array: VQArray, stats: Mapping[str, float], name: str) -> None:
+    """Raises ValueError if a number of a result is not finite."""
+    parts = {f.name: getattr(array, f.name) for f in dataclasses.fields(array) if f.name != "layout"}
+    wrong = [stage for stage, value in stats.items() if not np.isfinite(value)]
+    wrong += [
+        field
+        for field, part in parts.items()
+        if part is not None and jnp.issubdtype(part.dtype, jnp.floating) and not bool(jnp.isfinite(part).all())
+    ]
+    if wrong:
+        raise ValueError(
+            f"{name}: quantizing gave values that are NaN or infinite ({', '.join(wrong)}); its weights or its Hessian "
+            "lie beyond what float32 holds. Scale them down, or leave the layer out with a rule"
+        )
+
+
+def store(
+    array: VQArray, W: Float[Array, "out in"], H: Float[Array, "in in"], error: float
+) -> tuple[VQArray, float, list[str]]:
+    """A result as it is stored: in float16, but for tensors that float16 is too narrow for.
+
+    Whether it is too narrow is measured: rounding may raise the error by a hundredth, or by 1e-6 of the output's
+    energy.
+
+    Args:
+        array: with float32 codebooks, scale and offset.
+        W: the weight that it stands for.
+        H: its Hessian.
+        error: relative proxy error of `array`.
+
+    Returns:
+        (the stored form, its relative proxy error, names of the tensors that stay in float32).
+    """
+    floats = [name for name in _FLOATS if getattr(array, name) is not None]
+
+    def rounded(wide: list[str]) -> VQArray:
+        narrow = {name: getattr(array, name).astype(jnp.float16) for name in floats if name not in wide}
+        return dataclasses.replace(array, **narrow)
+
+    overflowing = [name for name in floats if not bool(jnp.isfinite(getattr(rounded([]), name)).all())]
+    for extra in ([], ["scale", "offset"], floats):
+        wide = [name for name in floats if name in overflowing or name in extra]
+        stored = rounded(wide)
+        found = float(stored_error(stored, W, H))
+        if found <= error * _ROUNDING + _NEGLIGIBLE or wide == floats:
+            break
+    return stored, found, wide
+
+
+_FLOATS = ("codebook", "res_codebook", "outlier_codebook", "scale", "offset")
+_ROUNDING, _NEGLIGIBLE = 1.01, 1e-6
+
+
+@jax.jit
+def stored_error(array: VQArray, W: Float[Array, "out in"], H: Float[Array, "in in"]) -> Float[Array, ""]:
+    """tr(E H E^T) / tr(W H W^T) of a quantized weight as it is."""
+    W, unit = to_unit(W)
+    H, _ = to_unit(H)
+    error = (_scaled(jax.tree.map(_widened, array), 1 / unit).dequantize() - W).T
+    return proxy_loss(error, H) / jnp.maximum(proxy_loss(W.T, H), jnp.finfo(jnp.float32).tiny)
+
+
+def _widened(x: Array) -> Array:
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _refine(
@@ -284,7 +382,8 @@ def normalization(W: Float[Array, "out in"]) -> tuple[Float[Array, " in"], Float
     The released code takes the range and the minimum, which hand the spread of a column to its two most
     extreme weights: at equal bits that leaves about 30 % more error.
     """
-    largest = jnp.maximum(jnp.abs(W).max(), jnp.finfo(jnp.float32).tiny / _SMALLEST_SCALE)
+    largest = jnp.abs(W).max()
+    largest = jnp.where(largest > 0, largest, 1)
     return jnp.maximum(W.std(axis=0), _SMALLEST_SCALE * largest), W.mean(axis=0)
 
 
