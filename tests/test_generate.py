@@ -266,7 +266,7 @@ def test_chat_prompt_refuses(talker):
         ([1], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
         ([1], {"temperature": -1}, "temperature is -1"),
         ([1], {"seed": 0.5}, "seed is 0.5; expected a whole number"),
-        ([1], {"stop_tokens": [97]}, "stop_tokens: token id 97"),
+        ([1], {"stop_tokens": [97]}, "stop token 97 is outside the vocabulary"),
         ([1], {"stop_tokens": ["</s>"]}, "stop token '</s>' is not one token of the tokenizer"),
         ([1], {"stop_tokens": 3}, "stop_tokens is 3; expected a list"),
     ],

@@ -120,7 +120,7 @@ def test_repetition_penalty_is_that_of_transformers():
         ({"temperature": -0.1}, "temperature is -0.1; expected 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": 1e-9}, "temperature is 1e-09"),
-        ({"top_k": 0}, "top_k is 0; expected at least 1, or None"),
+        ({"top_k": 0}, "top_k is 0; expected a whole number of at least 1, or None"),
         ({"top_p": 0.0}, "top_p is 0.0; expected above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"min_p": -1.0}, "min_p is -1.0; expected 0 to 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def perplexity(
         raise ValueError(f"context is {context}; expected 2 to {limit} tokens, as long as the model can read")
     windows = data.windows(tokens, context, max_windows)
     check_tokens(windows, model.config.vocab_size, "text")
-    batches = data.batches(windows, batch_size)
+    batches = list(_split(data.batches(windows, batch_size)))
 
     start = time.perf_counter()
     losses: list[float] = []
@@ -80,13 +81,31 @@ def perplexity(
                     "one of its tensors probably holds NaN or infinite values"
                 )
             bar.update(len(batch))
+    mean = float(np.mean(losses))
+    if mean > _LARGEST_LOSS:
+        raise ValueError(
+            f"the model gives the text a mean loss of {mean:.4g} nats a token, and perplexity is exp of that, beyond "
+            "any number; its weights are probably damaged, or belong to another tokenizer"
+        )
     return Perplexity(
-        value=float(np.exp(np.mean(losses))),
+        value=float(np.exp(mean)),
         windows=len(windows),
         tokens=len(windows) * (context - 1),
         context=context,
         seconds=time.perf_counter() - start,
     )
+
+
+_LARGEST_LOSS = 700.0  # exp of more is no float
+
+
+def _split(batches: Iterable[Int[Array, "B T"]]) -> Iterator[Int[Array, "B T"]]:
+    """The same rows in runs of powers of two, so that few programs serve every batch size."""
+    for batch in batches:
+        while len(batch):
+            size = 1 << (len(batch).bit_length() - 1)
+            yield batch[:size]
+            batch = batch[size:]
 
 
 def _window_losses(model: Decoder, tokens: Int[Array, "B T"]) -> Float[np.ndarray, "B"]:

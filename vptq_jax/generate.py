@@ -1,14 +1,14 @@
 """Text generation: a jitted prefill, then a decode loop over a cache that is updated in place.
 
-Programs are compiled per batch size and per bucket of prompt length and cache size, and once for
-greedy decoding and once for sampling; never per prompt length, per call or per sampling value.
+Programs are compiled per power of two of the batch size and per bucket of prompt length and cache size, and once
+for greedy decoding and once for sampling; never per batch size, prompt length, call or sampling value.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -17,18 +17,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from vptq_jax.chat import conversation_text
 from vptq_jax.models.cache import KVCache
 from vptq_jax.models.decoder import Decoder, check_tokens
 from vptq_jax.models.diagnose import first_nonfinite
 from vptq_jax.models.linear import Linear, VQLinear, prepare
 from vptq_jax.pallas import device
 from vptq_jax.sampling import Sampling, SamplingArrays, next_token
+from vptq_jax.schema import is_integer, short
 from vptq_jax.tokens import TextStream, encode
 
 Prompt = str | Sequence[int]
 FinishReason = Literal["stop", "length", "context"]
 
 _SMALLEST_BUCKET = 32
+
+
+class ContextFull(ValueError):
+    """A prompt leaves no room for an answer in the model's context."""
+
+
 _STREAM_CHUNK = 8
 
 
@@ -160,7 +168,8 @@ def chat_prompt(model: Decoder, messages: str | Sequence[Mapping[str, str]]) -> 
         messages: `{"role": ..., "content": ...}` in order, or one user message.
 
     Raises:
-        ValueError: no tokenizer, no chat template, or messages of another form.
+        ValueError: no tokenizer, no chat template, messages of another form, or a template that refuses them, fails or
+            takes more than a template may (`chat`).
     """
     tokenizer = model.tokenizer
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
@@ -168,14 +177,16 @@ def chat_prompt(model: Decoder, messages: str | Sequence[Mapping[str, str]]) -> 
         raise ValueError(f"the model has no {missing}, which chat needs; use generate with a plain prompt")
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, Sequence):
+        raise ValueError(f"messages are {short(messages)}; expected a list of messages, or a text")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"message {index} is {message!r}; expected an object with 'role' and 'content'")
+            raise ValueError(f"message {index} is {short(message)}; expected an object with 'role' and 'content'")
     if not messages:
         raise ValueError("there are no messages; expected at least one")
-    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    text = conversation_text(tokenizer, messages)
     # The template writes its own special tokens, the first one included.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return encode(tokenizer, text, add_special_tokens=False)
 
 
 def bucket(length: int) -> int:
@@ -194,7 +205,8 @@ def cache_capacity(slots: int) -> int:
 class _Request:
     """What stays the same during one generation; all traced.
 
-    `limit` is the most tokens each row may get, `stop` the stop tokens (filled up with -1).
+    `limit` is the most tokens each row may get (0: the row only fills the batch up), `stop` the stop tokens (filled up
+    with -1).
     """
 
     limit: Int[Array, "B"]
@@ -237,13 +249,14 @@ def _prefill(
     rows = jnp.arange(batch)
     real = jnp.arange(length)[None, :] >= start[:, None]
     none = jnp.zeros(batch, bool)
+    idle = request.limit < 1  # rows that fill the batch up
     state = _State(
         cache=cache,
         token=jnp.zeros(batch, jnp.int32),
         count=jnp.int32(0),
         output=jnp.zeros((batch, capacity), jnp.int32),
         length=jnp.zeros(batch, jnp.int32),
-        done=none,
+        done=idle,
         stopped=none,
         failed=none,
         seen=jnp.zeros((batch, model.config.vocab_size), bool).at[rows[:, None], tokens].max(real),
@@ -302,21 +315,25 @@ class _Run:
         seed: int,
     ) -> _Run:
         """Checks everything, then reads the prompts and chooses the first tokens."""
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number of at least 1")
-        if not isinstance(seed, int) or not 0 <= seed < 1 << 32:
-            raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to 2**32 - 1")
+        if not is_integer(max_new_tokens) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {short(max_new_tokens)}; expected a whole number of at least 1")
+        if not is_integer(seed) or not 0 <= seed < 1 << 32:
+            raise ValueError(f"seed is {short(seed)}; expected a whole number from 0 to 2**32 - 1")
         ids = _prompt_ids(model, prompts)
         vocab_size, context = model.config.vocab_size, model.config.context_length
         stop = _stop_ids(model, stop_tokens)
-        limit = np.minimum(max_new_tokens, context - np.array([len(row) for row in ids]))
+        limit = np.minimum(min(max_new_tokens, context), context - np.array([len(row) for row in ids]))
         prepare(model.linears(), model.dtype)
         begin = time.perf_counter()
         width = bucket(max(map(len, ids)))
-        tokens = np.zeros((len(ids), width), np.int32)
-        start = np.array([width - len(row) for row in ids], np.int32)
-        for row, (first, values) in enumerate(zip(start, ids, strict=True)):
-            tokens[row, first:] = values
+        # Rows up to a power of two, so that few programs serve every batch size; those beyond hold one token.
+        rows = 1 << (len(ids) - 1).bit_length()
+        limit = np.pad(limit, (0, rows - len(ids)))
+        tokens = np.zeros((rows, width), np.int32)
+        start = np.full(rows, width - 1, np.int32)
+        for row, values in enumerate(ids):
+            start[row] = width - len(values)
+            tokens[row, start[row] :] = values
         padded_stop = np.full(-(-max(len(stop), 1) // 8) * 8, -1, np.int32)
         padded_stop[: len(stop)] = stop
         request = _Request(
@@ -333,7 +350,7 @@ class _Run:
 
     def decode(self, steps: int) -> None:
         """Takes up to `steps` more steps, fewer when all rows are done."""
-        until = self.state.count + jnp.int32(steps)
+        until = self.state.count + jnp.int32(min(steps, self.model.config.context_length))
         self.state = _decode(self.model, self.state, self.request, until, greedy=self.greedy)
         self._check()
 
@@ -357,7 +374,7 @@ class _Run:
     def tokens(self) -> list[list[int]]:
         """Token ids of every row so far."""
         output, lengths = np.asarray(self.state.output), np.asarray(self.state.length)
-        return [row[:length].tolist() for row, length in zip(output, lengths, strict=True)]
+        return [output[row, : lengths[row]].tolist() for row in range(len(self.prompts))]
 
     def texts(self) -> list[str]:
         """Text of every row so far."""
@@ -369,7 +386,8 @@ class _Run:
 
     def result(self, decode_seconds: float) -> GenerationResult:
         """Everything about the run."""
-        lengths, stopped = np.asarray(self.state.length), np.asarray(self.state.stopped)
+        rows = len(self.prompts)
+        lengths, stopped = np.asarray(self.state.length)[:rows], np.asarray(self.state.stopped)[:rows]
         rooms = [self.model.config.context_length - len(prompt) for prompt in self.prompts]
         chosen = lengths + stopped
         return GenerationResult(
@@ -402,6 +420,8 @@ def matmul_implementation(model: Decoder) -> str:
 def _is_single(prompts: Any) -> bool:
     if isinstance(prompts, str):
         return True
+    if not isinstance(prompts, Sequence | np.ndarray):
+        raise ValueError(f"the prompt is {short(prompts)}; expected a text, a list of token ids, or a list of either")
     return len(prompts) > 0 and all(isinstance(item, int | np.integer) for item in prompts)
 
 
@@ -416,7 +436,7 @@ def _prompt_ids(model: Decoder, prompts: Sequence[Any]) -> list[list[int]]:
             raise ValueError(f"prompt {row} is empty; expected at least one token")
         check_tokens(np.array([tokens]), model.config.vocab_size, f"prompt {row}")
         if len(tokens) >= context:
-            raise ValueError(
+            raise ContextFull(
                 f"prompt {row} has {len(tokens)} tokens and the model's context holds {context}, which leaves no room "
                 f"for an answer; shorten the prompt to at most {context - 1} tokens"
             )
@@ -425,9 +445,12 @@ def _prompt_ids(model: Decoder, prompts: Sequence[Any]) -> list[list[int]]:
 
 
 def _token_list(prompt: Any, row: int) -> list[int]:
-    ids = np.asarray(prompt)
+    try:
+        ids = np.asarray(prompt)
+    except (ValueError, OverflowError):
+        ids = np.empty((0, 0))
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise ValueError(f"prompt {row} is {prompt!r}; expected a text or a list of token ids")
+        raise ValueError(f"prompt {row} is {short(prompt)}; expected a text or a list of token ids")
     return ids.tolist()
 
 
@@ -436,19 +459,22 @@ def _stop_ids(model: Decoder, stop_tokens: Sequence[int | str] | None) -> list[i
     vocab_size = model.config.vocab_size
     if stop_tokens is None:
         own = (model.generation_config or {}).get("eos_token_id")
-        ids = {*model.config.eos_token_id, *(own if isinstance(own, list) else [own])}
-        ids.add(getattr(model.tokenizer, "eos_token_id", None))
-        return sorted(token for token in ids if isinstance(token, int) and 0 <= token < vocab_size)
-    if isinstance(stop_tokens, str | int):
-        raise ValueError(f"stop_tokens is {stop_tokens!r}; expected a list of tokens")
+        ids = [*model.config.eos_token_id, *(own if isinstance(own, list) else [own])]
+        ids.append(getattr(model.tokenizer, "eos_token_id", None))
+        return sorted({token for token in ids if is_integer(token) and 0 <= token < vocab_size})
+    if isinstance(stop_tokens, str) or not isinstance(stop_tokens, Iterable):
+        raise ValueError(f"stop_tokens is {short(stop_tokens)}; expected a list of tokens")
     found = []
     for token in stop_tokens:
         if isinstance(token, str):
             pieces = [] if model.tokenizer is None else model.tokenizer.encode(token, add_special_tokens=False)
             if len(pieces) != 1:
-                raise ValueError(f"stop token {token!r} is not one token of the tokenizer; give its token id")
+                raise ValueError(f"stop token {short(token)} is not one token of the tokenizer; give its token id")
             found.append(pieces[0])
-        else:
+        elif is_integer(token) or isinstance(token, np.integer):
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"stop token {short(token)} is outside the vocabulary; expected 0 to {vocab_size - 1}")
             found.append(int(token))
-    check_tokens(np.array([found], np.int64), vocab_size, "stop_tokens")
+        else:
+            raise ValueError(f"stop token {short(token)} is neither a token id nor a text")
     return found

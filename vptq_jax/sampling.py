@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from vptq_jax.schema import is_finite, is_integer, short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,20 +38,28 @@ class Sampling:
     def __post_init__(self) -> None:
         def check(name: str, fits: bool, expected: str) -> None:
             if not fits:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected {expected}")
+                raise ValueError(f"{name} is {short(getattr(self, name))}; expected {expected}")
 
-        def finite(value: float) -> bool:
-            return math.isfinite(value)
+        def share(value: float | None) -> bool:
+            return value is None or (is_finite(value) and 0 <= value <= 1)
 
-        check("repetition_penalty", finite(self.repetition_penalty) and self.repetition_penalty > 0, "a number above 0")
+        check(
+            "repetition_penalty",
+            is_finite(self.repetition_penalty) and 1e-3 <= self.repetition_penalty <= 1e3,
+            "a number above 0 (0.001 to 1000)",
+        )
         check(
             "temperature",
-            finite(self.temperature) and (self.temperature == 0 or self.temperature >= 1e-3),
-            "0 (most likely token) or a number of at least 0.001",
+            is_finite(self.temperature) and (self.temperature == 0 or 1e-3 <= self.temperature <= 1e6),
+            "0 (most likely token) or a number of at least 0.001, at most a million",
         )
-        check("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None for no limit")
-        check("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1, or None for no limit")
-        check("min_p", self.min_p is None or 0 <= self.min_p <= 1, "0 to 1, or None for no limit")
+        check(
+            "top_k",
+            self.top_k is None or (is_integer(self.top_k) and self.top_k >= 1),
+            "a whole number of at least 1, or None for no limit",
+        )
+        check("top_p", share(self.top_p) and self.top_p != 0, "above 0 and at most 1, or None for no limit")
+        check("min_p", share(self.min_p), "0 to 1, or None for no limit")
 
     @property
     def greedy(self) -> bool:

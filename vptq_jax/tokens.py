@@ -11,17 +11,23 @@ _CONTEXT = 8
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, with the special tokens that the tokenizer adds.
+def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text, by default with the special tokens that the tokenizer adds.
 
     Raises:
-        ValueError: there is no tokenizer, or the text is empty.
+        ValueError: there is no tokenizer, or the text is empty or holds half of a character.
     """
     if tokenizer is None:
         raise ValueError("the model has no tokenizer, so prompts must be token ids; or set model.tokenizer")
     if not text:
         raise ValueError("the prompt is empty; expected some text")
-    return list(tokenizer(text)["input_ids"])
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt holds {text[error.start]!a} at position {error.start}, which is no character; expected UTF-8"
+        ) from None
+    return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
 
 class TextStream:

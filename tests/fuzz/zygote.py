@@ -1,6 +1,7 @@
 """A process that has imported everything and forks a child for every command it is told: a case takes a second.
 
-Its argument is a directory for notes. No JAX backend is started before the fork. Each line on standard input is a JSON object:
+Its argument is a directory for notes. No JAX backend is started before the fork. Each line on standard input is a JSON
+object:
 
     arguments   of `vptq-jax`, or a list of statements of Python in `python`
     cwd         working directory
@@ -21,6 +22,7 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 
 OPERATIONS = {
     "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.symlink", "os.truncate", "os.chmod",
@@ -144,7 +146,7 @@ def serve() -> None:
                 status = "timeout"
             else:
                 time.sleep(0.01)
-        tally, out, err = (open(name, errors="replace").read() for name in names)
+        tally, out, err = (Path(name).read_text(errors="replace") for name in names)
         answer = {
             "status": status, "operations": int(tally or 0), "out": out, "err": err,
             "seconds": time.monotonic() - started,

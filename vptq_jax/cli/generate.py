@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vptq_jax.cli import common
+from vptq_jax.cli.terminal import shown
 
 if TYPE_CHECKING:
     from vptq_jax.models.decoder import Decoder
@@ -70,7 +71,7 @@ def generate(
         )
         return
     for text, continuation in zip(prompts, result.texts, strict=True):
-        print(text + continuation + ("\n" if len(prompts) > 1 else ""))
+        print(shown(text + continuation) + ("\n" if len(prompts) > 1 else ""))
     common.log.print(
         f"{sum(map(len, result.tokens))} tokens, {result.tokens_per_second:.1f}/s, {result.implementation} matmul",
         style="dim",
@@ -120,7 +121,7 @@ def chat(
         for piece in _answer(loaded, messages, settings):
             answer += piece
             if not json:
-                print(piece, end="", flush=True)
+                print(shown(piece), end="", flush=True)
         messages.append({"role": "assistant", "content": answer})
         if json:
             common.print_json({"model": model, "messages": messages})
@@ -149,9 +150,18 @@ def _settings(
 
 
 def _answer(model: Decoder, messages: list[dict[str, str]], settings: dict[str, Any]) -> Iterator[str]:
-    from vptq_jax.generate import chat_prompt, stream
+    """The answer's pieces. Where the context is full, the oldest messages are left out of `messages`."""
+    from vptq_jax.generate import ContextFull, chat_prompt, stream
 
-    return stream(model, chat_prompt(model, messages), **settings)
+    while True:
+        try:
+            return stream(model, chat_prompt(model, messages), **settings)
+        except ContextFull:
+            first = int(messages[0]["role"] == "system")
+            if len(messages) - first < 3:
+                raise
+            del messages[first : first + 2]
+            common.log.print("The oldest messages no longer fit the model's context and are left out.", style="dim")
 
 
 def _questions() -> Iterator[str]:

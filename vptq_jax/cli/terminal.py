@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 
 _LONGEST = 480  # characters of a line
@@ -15,6 +16,13 @@ def printable(text: str) -> str:
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST * 2 // 3]} ... {line[-(_LONGEST // 3 - 5) :]}"
     return line
+
+
+def shown(text: str) -> str:
+    """What a model wrote: on a terminal without the characters that steer it, elsewhere as it is."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
 
 
 def _is_visible(character: str) -> bool:

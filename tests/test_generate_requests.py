@@ -1,0 +1,127 @@
+"""Odd requests, many batch sizes, and what a terminal gets to see."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+from random_models import random_model
+
+from vptq_jax.cli import terminal
+from vptq_jax.evaluate import perplexity
+from vptq_jax.generate import _decode, _prefill, generate
+from vptq_jax.sampling import Sampling
+
+MODEL = random_model()
+PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [5], [6, 7], [8, 9, 10]]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "top_k": 20, "seed": 3}])
+def test_rows_that_fill_a_batch_up_change_nothing(settings):
+    result = generate(MODEL, PROMPTS, max_new_tokens=6, stop_tokens=(), return_result=True, **settings)
+    assert result.prompt_tokens == [3, 1, 2, 4, 1, 2, 3]
+    assert [len(row) for row in result.tokens] == [6] * 7
+    assert result.decode_tokens == 7 * 5
+    assert result.finish_reasons == ["length"] * 7
+    whole = generate(MODEL, [*PROMPTS, [3, 4]], max_new_tokens=6, stop_tokens=(), **settings)
+    assert whole[:7] == result.tokens
+    if not settings:
+        for prompt, row in zip(PROMPTS, result.tokens, strict=True):
+            assert generate(MODEL, prompt, max_new_tokens=6, stop_tokens=()) == row
+
+
+def test_many_batch_sizes_share_few_programs():
+    jax.clear_caches()
+    for size in range(1, 41):
+        rows = generate(MODEL, [[5, 6, 7]] * size, max_new_tokens=2, stop_tokens=())
+        assert len(rows) == size
+    assert _prefill._cache_size() + _decode._cache_size() <= 14
+
+
+def test_perplexity_is_the_same_for_every_batch_size():
+    tokens = np.arange(13 * 16) % 40
+    alone = perplexity(MODEL, tokens, context=16)
+    for size in (3, 7, 13):
+        found = perplexity(MODEL, tokens, context=16, batch_size=size)
+        np.testing.assert_allclose(found.value, alone.value, rtol=1e-5)
+        assert found.windows == 13
+
+
+def test_a_perplexity_beyond_any_number_is_an_error():
+    model = random_model()
+    model.norm.weight[...] = model.norm.weight[...] * 1e7
+    with pytest.raises(ValueError, match=r"mean loss of .* nats a token"):
+        perplexity(model, np.arange(64) % 40, context=16)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        (None, {}, "the prompt is None; expected a text"),
+        (7, {}, "the prompt is 7; expected a text"),
+        ([None], {}, "prompt 0 is None; expected a text or a list"),
+        ([[1, [2]]], {}, r"prompt 0 is \[1, \[2\]\]; expected"),
+        ([[10**30]], {}, "prompt 0 is"),
+        ([1], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; expected a whole number"),
+        ([1], {"max_new_tokens": True}, "max_new_tokens is True; expected a whole number"),
+        ([1], {"seed": 2**70}, "seed is 1180591620717411303424; expected"),
+        ([1], {"seed": "x"}, "seed is 'x'; expected"),
+        ([1], {"stop_tokens": [10**30]}, "stop token 10+ is outside the vocabulary"),
+        ([1], {"stop_tokens": [1.5]}, "stop token 1.5 is neither"),
+        ([1], {"stop_tokens": 3}, "stop_tokens is 3; expected a list"),
+        ([1], {"top_k": 1.5}, "top_k is 1.5; expected a whole number"),
+        ([1], {"temperature": "hot"}, "temperature is 'hot'; expected"),
+        ([1], {"min_p": float("nan")}, "min_p is nan; expected"),
+        ([1], {"repetition_penalty": 1e30}, "repetition_penalty is 1e.30; expected"),
+    ],
+)
+def test_odd_requests_are_refused(prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(MODEL, prompt, **options)
+
+
+@pytest.mark.parametrize("tokens", [2**40, 2**70])
+def test_more_tokens_than_a_context_holds(tokens):
+    result = generate(MODEL, [1, 2], max_new_tokens=tokens, stop_tokens=(), return_result=True)
+    assert result.finish_reasons == ["context"]
+    assert len(result.tokens[0]) == MODEL.config.context_length - 2
+
+
+def test_half_a_character_in_a_prompt(tiny_hf):
+    from vptq_jax.load import load
+
+    with pytest.raises(ValueError, match="position 3, which is no character; expected UTF-8"):
+        generate(load(tiny_hf), "abc\ud800def")
+
+
+def test_threads_generate_as_one_does():
+    expected = generate(MODEL, PROMPTS, max_new_tokens=5, stop_tokens=())
+    results = [None] * 5
+
+    def run(index):
+        results[index] = generate(MODEL, PROMPTS, max_new_tokens=5, stop_tokens=())
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [expected] * 5
+
+
+def test_generated_text_cannot_steer_a_terminal(monkeypatch):
+    text = "a\x1b[31mb\x07\x9bc\r\n\td\ud800"
+    assert terminal.shown(text) == text
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert terminal.shown(text) == "a\ufffd[31mb\ufffd\ufffdc\ufffd\n\td\ufffd"
+
+
+def test_a_line_about_an_error_is_short_and_plain():
+    line = terminal.printable("bad:\n  x\x1b[2J " + "y" * 3000 + "\n  the end\u202e")
+    assert line.startswith("bad: x\ufffd[2J y")
+    assert line.endswith("the end\ufffd")
+    assert len(line) < 500
+
+
+def test_settings_that_work():
+    assert Sampling(top_k=3, top_p=1, min_p=0, temperature=1, repetition_penalty=1).greedy is False
