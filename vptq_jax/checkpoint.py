@@ -14,14 +14,12 @@ It is written under a temporary name and renamed, so it exists completely or not
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import functools
 import importlib.metadata
 import json
 import os
-import signal
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +36,7 @@ from vptq_jax.convert.files import read_json
 from vptq_jax.convert.problems import raise_problems
 from vptq_jax.convert.source import FLOATS, quantized_layers
 from vptq_jax.convert.tokenizer import load_tokenizer, save_tokenizer
-from vptq_jax.files import Kind, new_directory
+from vptq_jax.files import Kind, held_interrupt, new_directory
 from vptq_jax.models.config import ModelConfig, RopeConfig
 from vptq_jax.models.decoder import Decoder
 from vptq_jax.models.linear import Linear, VQLinear, unprepare
@@ -296,7 +294,8 @@ def _write_arrays(path: Path, arrays: dict[str, Array]) -> None:
     import orbax.checkpoint as ocp
 
     try:
-        with _ORBAX, _held_interrupt(), ocp.StandardCheckpointer() as checkpointer:
+        # An interrupted Orbax goes on in threads that nobody waits for.
+        with _ORBAX, held_interrupt(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path.absolute(), arrays)
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise _storage_error(error, path, "cannot be written") from error
@@ -329,27 +328,6 @@ def _storage_error(error: Exception, path: Path, what: str) -> OSError:
             return OSError(code, f"{what}: {os.strerror(code)}", str(path))
     reason = text.splitlines()[0][:200] if text else "no reason given"
     return OSError(f"{path} {what} ({type(error).__name__}: {reason})")
-
-
-@contextlib.contextmanager
-def _held_interrupt() -> Iterator[None]:
-    """Holds Ctrl-C back: an interrupted Orbax goes on in threads that nobody waits for."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield
-        return
-    interrupted = False
-
-    def note(*_: Any) -> None:
-        nonlocal interrupted
-        interrupted = True
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if interrupted:
-        signal.raise_signal(signal.SIGINT)
 
 
 def _checksums(directory: Path) -> dict[str, list[int]]:

@@ -18,10 +18,12 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _LOCK, _NEW, _OLD = "lock", "new", "old"
 _ATTEMPTS = 8  # at a temporary that a sweep of another process took away before it was locked
@@ -61,7 +63,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     except OSError as error:
         raise type(error)(error.errno, f"cannot write: {error.strerror}", str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with held_interrupt():
+            temporary.unlink(missing_ok=True)
     _sync(path.parent)
 
 
@@ -86,8 +89,9 @@ def new_directory(path: str | os.PathLike[str], *, kind: Kind | None = None, ove
         new.mkdir()
         yield new
         _sync_tree(new)
-        _place(new, path, kind if overwrite else None)
-    _sync(path.parent)
+        with held_interrupt():
+            _place(new, path, kind if overwrite else None)
+            _sync(path.parent)
 
 
 def check_output(path: str | os.PathLike[str], *, kind: Kind | None = None, overwrite: bool = False) -> None:
@@ -169,6 +173,27 @@ def check_apart(**paths: str | os.PathLike[str] | None) -> None:
                     )
 
 
+@contextlib.contextmanager
+def held_interrupt() -> Iterator[None]:
+    """Holds Ctrl-C back until the end of the block, where stopping half-way would leave something behind."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    interrupted = False
+
+    def note(*_: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        signal.raise_signal(signal.SIGINT)
+
+
 def final_path(path: str | os.PathLike[str]) -> Path:
     """The absolute path that writing to `path` writes to: links are followed.
 
@@ -230,12 +255,14 @@ def _sweep_directory(temporary: Path, path: Path) -> None:
 @contextlib.contextmanager
 def _temporary_for(path: Path) -> Iterator[Path]:
     """A locked directory beside `path`, removed in the end."""
-    temporary, lock = _make_temporary(path)
+    with held_interrupt():
+        temporary, lock = _make_temporary(path)
     with lock:
         try:
             yield temporary
         finally:
-            _clear(temporary, path)
+            with held_interrupt():
+                _clear(temporary, path)
 
 
 def _make_temporary(path: Path) -> tuple[Path, IO[str]]:

@@ -19,6 +19,7 @@ import errno
 import json
 import os
 import resource
+import select
 import signal
 import sys
 import time
@@ -70,11 +71,11 @@ class Hook:
         return os.path.abspath(os.fsdecode(path)).startswith(self.root + os.sep)
 
 
-def child(case: dict, tally: str, out: str, err: str) -> None:
+def child(case: dict, tally: str, out: int, err: int) -> None:
     """Runs one case in this (forked) process and ends it."""
-    for number, file in ((0, os.devnull), (1, out), (2, err)):
-        descriptor = os.open(file, os.O_RDWR)
+    for number, descriptor in ((0, os.open(os.devnull, os.O_RDONLY)), (1, out), (2, err)):
         os.dup2(descriptor, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = case.get("limits", {})
@@ -125,33 +126,42 @@ def serve() -> None:
     import vptq_jax.cli.app  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
-    place = sys.argv[1]
-    names = [os.path.join(place, name) for name in ("tally", "out", "err")]
+    tally = os.path.join(sys.argv[1], "tally")
     for line in sys.stdin:
         case = json.loads(line)
-        for name in names:
-            open(name, "w").close()
+        Path(tally).write_text("")
+        # Pipes, since a limit of file sizes is to be no limit of what a command says.
+        pipes = [os.pipe(), os.pipe()]
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
-            child(case, *names)
-        timeout, status = case.get("timeout", 120), None
-        while status is None:
-            found, raw = os.waitpid(pid, os.WNOHANG)
-            if found:
-                status = os.waitstatus_to_exitcode(raw)
-            elif time.monotonic() - started > timeout:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                status = "timeout"
-            else:
-                time.sleep(0.01)
-        tally, out, err = (Path(name).read_text(errors="replace") for name in names)
+            child(case, tally, pipes[0][1], pipes[1][1])
+        for _, end in pipes:
+            os.close(end)
+        out, err, late = read_both([start for start, _ in pipes], started + case.get("timeout", 120))
+        if late:
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         answer = {
-            "status": status, "operations": int(tally or 0), "out": out, "err": err,
-            "seconds": time.monotonic() - started,
+            "status": "timeout" if late else status, "operations": int(Path(tally).read_text() or 0), "out": out,
+            "err": err, "seconds": time.monotonic() - started,
         }  # fmt: skip
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def read_both(pipes: list[int], deadline: float) -> tuple[str, str, bool]:
+    """What comes out of two pipes until both end, and whether the deadline came before that."""
+    found, open_ones = dict.fromkeys(pipes, b""), list(pipes)
+    while open_ones and time.monotonic() < deadline:
+        for pipe in select.select(open_ones, [], [], 0.5)[0]:
+            piece = os.read(pipe, 1 << 16)
+            found[pipe] += piece
+            if not piece:
+                open_ones.remove(pipe)
+    for pipe in pipes:
+        os.close(pipe)
+    out, err = (found[pipe].decode(errors="replace") for pipe in pipes)
+    return out, err, bool(open_ones)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Annotated
@@ -66,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # No advice about PyTorch on the terminal.
     warnings.showwarning = lambda message, *_, **__: _complain(str(message), "warning")
+    if not debug:
+        _silence_threads()
     try:
         app(args=[word for word in arguments if word != "--debug"], prog_name="vptq-jax")
     except SystemExit as stop:
@@ -83,6 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         _complain(describe(error))
         sys.exit(1)
+
+
+def _silence_threads() -> None:
+    """Keeps threads of libraries from printing tracebacks of their own about what `main` reports in a line."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.excepthook = lambda *_: None
+    sys.unraisablehook = lambda *_: None
+    threading.excepthook = lambda *_: None
 
 
 def describe(error: BaseException) -> str:

@@ -104,6 +104,9 @@ def quantize(
     workdir = workdir or output.with_name(f"{output.name}.partial")
     # Each of them may be replaced or removed as a whole.
     files.check_apart(output=output, work_directory=workdir, Hessians=hessians or save_hessians)
+    for path in (output, save_hessians):
+        if path is not None:
+            files.sweep(files.final_path(path))  # what a killed run of this command left
     done = None if overwrite else _report_at(output, config)
     if done is None:
         files.check_output(output, kind=checkpoint.KIND, overwrite=overwrite)

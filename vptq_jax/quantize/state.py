@@ -24,7 +24,7 @@ import safetensors
 import safetensors.flax
 
 from vptq_jax.array import VQArray
-from vptq_jax.files import check_writable, final_path, locked, write_atomic
+from vptq_jax.files import check_writable, final_path, held_interrupt, locked, write_atomic
 from vptq_jax.quantize.fingerprint import bytes_digest, json_digest
 from vptq_jax.spec import VQLayout
 
@@ -50,7 +50,6 @@ class WorkDir:
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = final_path(directory)
         check_writable(self.directory)
-        self._made = not self.directory.exists()
         self.directory.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in self.directory.iterdir()}
         if _RUN not in names and not all(name == _LOCK or _LEFTOVER.fullmatch(name) for name in names):
@@ -59,7 +58,6 @@ class WorkDir:
         self._stored: dict[str, Any] | None = None
         if _RUN in names:
             self._stored = _read_object(self.directory / _RUN)
-            self._made = self._stored.pop("made_directory", False) is True
         for name in names:
             if _LEFTOVER.fullmatch(name):
                 (self.directory / name).unlink(missing_ok=True)
@@ -75,7 +73,7 @@ class WorkDir:
         """Lets another run in. What is finished stays; if nothing was begun, no trace of it does."""
         if not self._lock.closed:
             (self.directory / _LOCK).unlink(missing_ok=True)
-            if self._made and not (self.directory / _RUN).exists():
+            if not (self.directory / _RUN).exists() and self.directory != Path.cwd():
                 with contextlib.suppress(OSError):  # not empty: somebody keeps something here
                     self.directory.rmdir()
         self._lock.close()
@@ -98,8 +96,7 @@ class WorkDir:
         if self._stored is not None:
             _refuse_changes(self._stored, record, self.directory, "started with other inputs")
         else:
-            content = json.dumps(record | {"made_directory": self._made}, indent=1)
-            write_atomic(self.directory / _RUN, content.encode())
+            write_atomic(self.directory / _RUN, json.dumps(record, indent=1).encode())
         self._seconds = self._read_seconds()
 
     def has(self, path: str) -> bool:
@@ -157,13 +154,14 @@ class WorkDir:
             file.write(json.dumps({path: seconds}) + "\n")
 
     def remove(self, paths: Iterable[str]) -> None:
-        """Removes the operators of a run, its records, and the directory if it made it and nothing else is in it.
+        """Removes the operators of a run, its records, and the directory if nothing else is in it.
 
         `run.json` goes last but for the lock, so that a kill meanwhile leaves a run that can be continued.
         """
-        for file in (*map(self._file, paths), self.directory / _SECONDS, self.directory / _RUN):
-            file.unlink(missing_ok=True)
-        self.close()
+        with held_interrupt():
+            for file in (*map(self._file, paths), self.directory / _SECONDS, self.directory / _RUN):
+                file.unlink(missing_ok=True)
+            self.close()
 
     def _file(self, path: str) -> Path:
         return self.directory / f"{path}{_SUFFIX}"
