@@ -1,5 +1,6 @@
 # make quickstart   quantize a real model and talk to it
 # make test         the test suite (make test-slow: what takes longer)
+# make fuzz         thousands of faulty files, odd commands and kills, an hour or two
 # make lint         ruff and mypy
 # make format       let ruff rewrite
 #
@@ -15,7 +16,7 @@ find_python = for name in python3 python3.13 python3.12 python3.11; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done
 PYTHON ?= $(shell $(find_python))
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart test test-slow fuzz lint format clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.run $(VENV)/.smollm2
@@ -26,6 +27,9 @@ test: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.original
 
 test-slow: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.original
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/.test
+	FUZZ=long $(BIN)/python -m pytest -n 2 tests/fuzz
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)

@@ -30,7 +30,8 @@ Run = Callable[..., Outcome]
 @pytest.fixture
 def run(capsys, monkeypatch) -> Run:
     """Runs a command in this process."""
-    monkeypatch.setattr("warnings.showwarning", None)  # The command sets it: put it back afterwards.
+    for hook in ("warnings.showwarning", "sys.excepthook", "sys.unraisablehook", "threading.excepthook"):
+        monkeypatch.setattr(hook, None)  # The command sets it: put it back afterwards.
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: object) -> Outcome:

@@ -1,5 +1,6 @@
 """`quantize` on whole models: rules, modes, streaming, resuming, bad input."""
 
+import contextlib
 import gc
 import json
 import warnings
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from vptq_jax.models.config import ModelConfig
 from vptq_jax.models.decoder import Decoder
@@ -465,3 +467,54 @@ def test_gguf_is_streamed(smollm2_gguf):
     weight = stored.source.linear("model.layers.29.self_attn.k_proj", 192, 576, bias=False).weight[...]
     assert weight.shape == (192, 576)
     assert np.isfinite(weight).all()
+
+
+def test_the_final_norm_counts_for_the_output_projection(model, batches, tmp_path):
+    settings = config(None, rules=[("lm_head", "v4-k8")])
+    model = nnx.clone(model)
+    quantize(model, settings, batches, workdir=tmp_path / "w", progress=False)
+    model.norm.weight[...] = jnp.geomspace(0.01, 100, model.norm.weight.shape[0])
+    with pytest.raises(ValueError, match="weights up to its block"):
+        quantize(model, settings, batches, workdir=tmp_path / "w", progress=False)
+
+
+def test_a_layer_that_float16_cannot_hold_is_stored_in_float32_and_said(model, batches):
+    model = nnx.clone(model)
+    layer = model.layers[0].mlp.up_proj
+    layer.weight[...] = layer.weight[...] * 1e-8
+    weight = np.asarray(layer.weight[...], np.float64)
+    hessians = collect_hessians(model, batches, progress=False)
+    quantized, report = quantize(model, config(), hessians, progress=False)
+    rows = {row["path"]: row for row in report.operators}
+    path = "model.layers.0.mlp.up_proj"
+    assert rows[path]["wide"] == ["scale", "offset"]
+    assert not any("wide" in row for name, row in rows.items() if name != path)
+    stored = quantized.linears()[path].weight
+    H = np.asarray(hessians.for_module(path), np.float64)
+    E = np.asarray(stored.dequantize(), np.float64) - weight
+    np.testing.assert_allclose(rows[path]["error"], np.sum(E @ H * E) / np.sum(weight @ H * weight), rtol=1e-3)
+    assert rows[path]["error"] < 2 * rows["model.layers.0.mlp.gate_proj"]["error"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_flipped_bit_of_an_operator_is_noticed(model, hessians, tmp_path, seed):
+    settings = config(None, rules=[("0.mlp.up_proj", "v4-k8")])
+    expected, _ = quantize(model, settings, hessians, workdir=tmp_path / "w", progress=False)
+    file = tmp_path / "w" / "model.layers.0.mlp.up_proj.safetensors"
+    data = bytearray(file.read_bytes())
+    position = np.random.default_rng(seed).integers(len(data) * 8)
+    data[position // 8] ^= 1 << position % 8
+    file.write_bytes(data)
+    with contextlib.suppress(ValueError):  # refused, or harmless: never other weights
+        found, _ = quantize(model, settings, hessians, workdir=tmp_path / "w", progress=False)
+        assert_same(arrays(found), arrays(expected))
+
+
+@pytest.mark.parametrize("content", ["[]", "7", "null", "{", '"x"', "[" * 5000])
+def test_a_damaged_record_of_the_run_is_named(model, hessians, tmp_path, content):
+    quantize(model, config(), hessians, workdir=tmp_path / "w", progress=False)
+    (tmp_path / "w" / "seconds.jsonl").write_text("5\nnull\n{\n[1]\n")
+    quantize(model, config(), hessians, workdir=tmp_path / "w", progress=False)
+    (tmp_path / "w" / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json (is not JSON|holds a JSON)"):
+        quantize(model, config(), hessians, workdir=tmp_path / "w", progress=False)

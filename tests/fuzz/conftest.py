@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from runner import Runner
+from runner import QUICK, Runner
 
 LONG = os.environ.get("FUZZ") == "long"
 SEED = int(os.environ.get("FUZZ_SEED", random.SystemRandom().randrange(1 << 32) if LONG else 0))
@@ -62,6 +62,3 @@ def saved(runner, tiny_hf, tmp_path_factory) -> Path:
     done = runner.command(["quantize", tiny_hf, path, *QUICK], path.parent)
     assert done.status == 0, done.err
     return path
-
-
-QUICK = ["--spec", "v4-k16", "--samples", "4", "--length", "16", "--rounds", "1"]

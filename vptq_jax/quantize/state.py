@@ -50,6 +50,7 @@ class WorkDir:
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = final_path(directory)
         check_writable(self.directory)
+        self._made = not self.directory.exists()
         self.directory.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in self.directory.iterdir()}
         if _RUN not in names and not all(name == _LOCK or _LEFTOVER.fullmatch(name) for name in names):
@@ -73,7 +74,7 @@ class WorkDir:
         """Lets another run in. What is finished stays; if nothing was begun, no trace of it does."""
         if not self._lock.closed:
             (self.directory / _LOCK).unlink(missing_ok=True)
-            if not (self.directory / _RUN).exists() and self.directory != Path.cwd():
+            if self._made and not (self.directory / _RUN).exists() and self.directory != Path.cwd():
                 with contextlib.suppress(OSError):  # not empty: somebody keeps something here
                     self.directory.rmdir()
         self._lock.close()
@@ -161,6 +162,7 @@ class WorkDir:
         with held_interrupt():
             for file in (*map(self._file, paths), self.directory / _SECONDS, self.directory / _RUN):
                 file.unlink(missing_ok=True)
+            self._made = True
             self.close()
 
     def _file(self, path: str) -> Path:

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import QUICK
+from runner import QUICK
 
 MODES = ("kill", "full", "interrupt")
 
