@@ -255,7 +255,7 @@ def _shell(path: Path, manifest: Mapping[str, Any]) -> tuple[Decoder, list[str],
         shell = build(config, _ManifestSource(manifest))
         leaves, structure = _leaves(shell)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        reason = short(str(error)) if isinstance(error, KeyError) else str(error)
+        reason = str(error) if isinstance(error, ValueError) else short(str(error))
         raise ValueError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {reason})") from error
     raise_problems(f"{path / MANIFEST} disagrees with itself", _array_problems(leaves, manifest["arrays"]))
     return shell, list(leaves), structure

@@ -28,7 +28,9 @@ class Done:
     @property
     def complaint(self) -> str:
         """The line about an error, without the progress bars before it."""
-        lines = [line for line in re.split(r"[\r\n]", self.err) if line.startswith("error: ")]
+        # `convert --check` lists problems as its result.
+        lines = [line for line in self.out.split("\n") if line.startswith("problem: ")]
+        lines += [line for line in re.split(r"[\r\n]", self.err) if line.startswith("error: ")]
         return lines[-1] if lines else ""
 
     def problem(self) -> str:

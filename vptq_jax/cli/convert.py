@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vptq_jax.cli import common
+from vptq_jax.cli.terminal import printable
 
 if TYPE_CHECKING:
     from vptq_jax.convert.api import ConvertReport
@@ -73,4 +74,4 @@ def _print(report: ConvertReport) -> None:
     for note in report.notes:
         print(f"note: {note}")
     for problem in report.problems:
-        print(f"problem: {problem}")
+        print(f"problem: {printable(problem)}")
