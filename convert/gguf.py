@@ -203,7 +203,9 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _rope(file: GGUFFile, meta: Reader, head_dim: int) -> dict[str, Any]:
+def _rope(file: GGUFFile, meta: Reader, head_dim: int | None) -> dict[str, Any]:
+    if head_dim is None:
+        raise ValueError(f"{file.path} says neither the size of a head nor what it follows from")
     rotated = meta.raw.get("rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise NotImplementedError(f"{file.path} rotates {short(rotated)} of {head_dim} dimensions a head; expected all")

@@ -115,7 +115,7 @@ def read_config(raw: Mapping[str, Any], files: SafetensorsFiles) -> ModelConfig:
         ValueError: see `ModelConfig.from_hf`.
     """
     layers = raw.get("num_hidden_layers")
-    if is_integer(layers) and layers > len(files.tensors):
+    if isinstance(layers, int) and layers > len(files.tensors):
         raise ValueError(f"num_hidden_layers is {layers}, but the checkpoint holds only {len(files.tensors)} tensors")
     return ModelConfig.from_hf(raw)
 

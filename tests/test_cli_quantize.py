@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from tiny_model import write_llama, write_tokenizer
 
 from vptq_jax import checkpoint, cli
 from vptq_jax.quantize.state import WorkDir
@@ -103,8 +104,6 @@ def test_another_command_is_refused_at_an_output_that_is_there(run, tmp_path, ch
 
 
 def test_another_model_is_refused_at_an_output_that_is_there(run, tiny_hf, tmp_path):
-    from conftest import write_llama, write_tokenizer
-
     other = tmp_path / "other"
     other.mkdir()
     write_llama(other, write_tokenizer(other), seed=1)

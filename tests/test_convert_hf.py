@@ -114,7 +114,7 @@ def test_all_faults_come_in_one_error(tiny_hf, tmp_path):
     assert "model.norm.weight is missing; expected shape [32]" in text
     assert f"model.layers.0.mlp.up_proj.weight has shape [3, 5]; expected [{inner}, 32]" in text
     assert "model.layers.1.mlp.up_proj.weight has dtype int32; expected float32" in text
-    assert "model.layers.2.mlp.up_proj.weight of shape [48, 32] is unexpected" in text
+    assert "'model.layers.2.mlp.up_proj.weight' of shape [48, 32] is unexpected" in text
     assert "inv_freq" not in text
 
 

@@ -206,23 +206,27 @@ def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_pat
     assert names(tmp_path) == [".out.mine.tmp", "out"]
 
 
-def test_a_kill_between_two_renames_is_mended_at_the_next_start(tmp_path, monkeypatch):
-    write_box(tmp_path / "out", "old")
-    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+KILLED = """
+    import os, sys
+    from pathlib import Path
+    from vptq_jax import files
     rename, seen = os.rename, []
-
     def killed(source, target):
         seen.append(target)
         if Path(source).name == "new" and len(seen) > 1:
             os._exit(9)
         rename(source, target)
+    os.rename = killed
+    files._exchange = lambda first, second: False
+    kind = files.Kind("box", lambda path: {"box.txt", "parts/a"})
+    with files.new_directory(sys.argv[1], kind=kind, overwrite=True) as new:
+        (new / "box.txt").write_text("new")
+"""
 
-    child = os.fork()
-    if child == 0:
-        os.rename = killed
-        write_box(tmp_path / "out", "new", overwrite=True)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+def test_a_kill_between_two_renames_is_mended_at_the_next_start(tmp_path):
+    write_box(tmp_path / "out", "old")
+    assert run(KILLED, tmp_path / "out").wait() == 9
     assert "out" not in names(tmp_path)
     with pytest.raises(FileExistsError, match="already holds something, a box"):
         check_output(tmp_path / "out", kind=KIND)

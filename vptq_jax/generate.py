@@ -177,7 +177,7 @@ def chat_prompt(model: Decoder, messages: str | Sequence[Mapping[str, str]]) -> 
         raise ValueError(f"the model has no {missing}, which chat needs; use generate with a plain prompt")
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    if not isinstance(messages, Sequence):
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise ValueError(f"messages are {short(messages)}; expected a list of messages, or a text")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():

@@ -28,6 +28,17 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(f"{kind:28} {outcome:14} {count}")
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["fuzz"] = [[*key, count] for key, count in _TRIED.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for kind, outcome, count in getattr(node, "workeroutput", {}).get("fuzz", ()):
+        _TRIED[kind, outcome] += count
+
+
 @pytest.fixture(scope="session")
 def long():
     """Whether this is the long form."""

@@ -388,7 +388,7 @@ def _read_rope(reader: Reader, max_position_embeddings: int) -> RopeConfig | Non
 
 
 def _type_problems(config: ModelConfig) -> list[str]:
-    problems = []
+    problems: list[str] = []
 
     def check(names: tuple[str, ...], is_right: Callable[[Any], bool], expected: str) -> None:
         problems.extend(

@@ -98,7 +98,7 @@ def module_digests(module: nnx.Module, path: str) -> dict[str, str]:
         name = ".".join([path, *map(str, parts)])
         if isinstance(part, VQLinear):
             digests[f"{name}.weight"] = array_digest(part.weight.dequantize())
-            parameters = {"bias": part.bias} if part.bias is not None else {}
+            parameters: dict[str, nnx.Variable] = {} if part.bias is None else {"bias": part.bias}
         else:
             parameters = {key: value for key, value in vars(part).items() if isinstance(value, nnx.Variable)}
         digests |= {f"{name}.{key}": array_digest(value[...]) for key, value in parameters.items()}

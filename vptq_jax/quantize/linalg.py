@@ -28,7 +28,8 @@ def check_hessian(H: Array, in_features: int, name: str) -> None:
             f"{name}: the Hessian has shape {tuple(H.shape)}; expected ({in_features}, {in_features}) for a weight "
             f"with {in_features} input features (is it the Hessian of another layer or model?)"
         )
-    top, lowest, skew = (float(x) for x in _hessian_facts(H))
+    with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, which is refused
+        top, lowest, skew = (float(x) for x in _hessian_facts(H))
     if not np.isfinite(top):
         raise ValueError(f"{name}: the Hessian holds NaN or infinite values; collect it again")
     if top == 0:

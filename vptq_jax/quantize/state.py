@@ -141,7 +141,7 @@ class WorkDir:
         stats = dict(stats)
         seconds = stats.pop("seconds", None)
         tensors = {name: jax.device_get(getattr(array, name)) for name in _FIELDS if getattr(array, name) is not None}
-        header = {
+        header: dict[str, Any] = {
             "inputs": dict(inputs),
             "layout": dataclasses.asdict(array.layout),
             "stats": stats,
