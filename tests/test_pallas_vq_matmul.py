@@ -490,7 +490,7 @@ def test_lowers_inside_loops_and_shard_map(monkeypatch, rows):
 def test_kernel_agrees_with_float64(spec, out_features, in_features, rows, dtype):
     weight = random_weight(spec, out_features, in_features, dtype)
     x = activations(rows, in_features, dtype)
-    product = jax.jit(lambda x, w: vq_matmul(x, w))
+    product = jax.jit(lambda x, w: vq_matmul(x, w, implementation="mosaic"))
     poison()
     found = product(x, relayout(weight))
     assert relative_error(found, float64_product(x, weight)) <= TOLERANCE[dtype]
@@ -503,7 +503,7 @@ def test_kernel_of_several_weights(groups):
     weights = [random_weight(f"v8-k256-256-g{groups}", out, 512, seed=out) for out in (384, 128, 200)]
     order = choose_order([weight.layout for weight in weights])
     x = activations(2, 512)
-    products = vq_matmuls(x, [relayout(weight, order) for weight in weights])
+    products = vq_matmuls(x, [relayout(weight, order) for weight in weights], implementation="mosaic")
     for product, weight in zip(products, weights, strict=True):
         assert relative_error(product, float64_product(x, weight)) <= 4e-3
 
@@ -515,7 +515,7 @@ def test_kernel_normalizes(spec, rows):
     weights = [random_weight(spec, out, 520, seed=out) for out in (384, 200)]
     order = choose_order([weight.layout for weight in weights])
     x, norm = 30 * activations(rows, 520), RMS(1 + 0.3 * activations(1, 520)[0], 0.5)
-    products = jax.jit(lambda x, w, norm: vq_matmuls(x, w, norm=norm))
+    products = jax.jit(lambda x, w, norm: vq_matmuls(x, w, norm=norm, implementation="mosaic"))
     poison()
     kernels = [relayout(weight, order) for weight in weights]
     for product, weight in zip(products(x, kernels, norm), weights, strict=True):
@@ -531,3 +531,25 @@ def test_kernel_takes_checkpoint_order_and_differentiates():
         return jax.grad(lambda x: vq_matmul(x, weight, implementation=implementation).astype(jnp.float32).sum())(x)
 
     np.testing.assert_array_equal(gradient("mosaic"), gradient("xla"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 64, 100, 1160])
+@pytest.mark.parametrize("spec", ["v8-k256-256", "v8-k256-256-g2-o1v4k256"])
+def test_kernel_writes_float32_where_it_is_asked_to(spec, rows):
+    weight, x = random_weight(spec, 384, 520), activations(rows, 520)
+    product = jax.jit(lambda x, w: vq_matmul(x, w, implementation="mosaic", out_dtype=jnp.float32))
+    found = product(x, relayout(weight))
+    assert found.dtype == jnp.float32
+    assert float(jnp.mean(found == found.astype(jnp.bfloat16))) < 0.1, "on the grid of bfloat16"
+    assert relative_error(found, float64_product(x, weight)) <= TOLERANCE[jnp.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("spec", "out_features", "in_features"), CASES)
+@pytest.mark.parametrize("rows", [1, 4, 5, 100])
+def test_xla_on_a_gpu_agrees_with_float64(spec, out_features, in_features, rows):
+    assert jax.default_backend() == "gpu"
+    weight, x = random_weight(spec, out_features, in_features), activations(rows, in_features)
+    found = jax.jit(lambda x, w: vq_matmul(x, w, implementation="xla"))(x, weight)
+    assert relative_error(found, float64_product(x, weight)) <= TOLERANCE[jnp.bfloat16]

@@ -8,6 +8,8 @@ bits. This is the order of the published VPTQ checkpoints.
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt
@@ -72,13 +74,19 @@ def unpack_indices(
             f"packed indices have {packed.shape[-1]} words a row; {count} entries of {bits} bits "
             f"take {packed_words(count, bits)}"
         )
-    word, offset = _positions(count, bits)
+    # Where entries begin repeats: slices of every period-th entry are faster than a gather of words.
+    period, words = 32 // math.gcd(bits, 32), bits // math.gcd(bits, 32)
     packed = packed.astype(jnp.uint32)
-    entries = packed[..., word] >> offset
-    spill = offset + bits > 32
-    if spill.any():
-        following = packed[..., np.where(spill, word + 1, 0)] << np.where(spill, 32 - offset, 0).astype(np.uint32)
-        entries = jnp.where(spill, entries | following, entries)
+    packed = jnp.pad(packed, [(0, 0)] * (packed.ndim - 1) + [(0, -packed.shape[-1] % words)])
+    packed = packed.reshape(*packed.shape[:-1], -1, words)
+
+    def each(index: int) -> Array:
+        word, offset = divmod(index * bits, 32)
+        entry = packed[..., word] >> np.uint32(offset)
+        return entry if offset + bits <= 32 else entry | (packed[..., word + 1] << np.uint32(32 - offset))
+
+    entries = jnp.stack([each(index) for index in range(period)], axis=-1)
+    entries = entries.reshape(*entries.shape[:-2], -1)[..., :count]
     main = entries & np.uint32((1 << index_bits) - 1)
     if not res_bits:
         return main, None

@@ -82,15 +82,17 @@ def matmul(
     config: Config | None = None,
     *,
     norm: RMS | None = None,
+    out_dtype: Any = None,
 ) -> tuple[Float[Array, "m out"], ...]:
     """`norm(x) @ w.T` for each weight: in one launch for few rows, through the decoded weight for many.
 
-    The configuration may be a `DecodeConfig` for many rows; another one says nothing about them.
+    The configuration may be a `DecodeConfig` for many rows; another one says nothing about them. Results are in
+    float32 for few rows, in `out_dtype` (by default that of x) for many.
     """
     if x.shape[0] <= MAX_ROWS:
         return _fused(x, weights, config, norm)
     x = x if norm is None else norm(x)
-    return tuple(_dense_product(x, weight, config) for weight in weights)
+    return tuple(_dense_product(x, weight, config, jnp.dtype(out_dtype or x.dtype)) for weight in weights)
 
 
 def _fused(
@@ -160,26 +162,26 @@ def decode_operands(weight: KernelArray) -> Operands:
     )
 
 
-def _dense_product(x: Float[Array, "m in"], weight: KernelArray, config: Config | None) -> Array:
+def _dense_product(x: Float[Array, "m in"], weight: KernelArray, config: Config | None, out_dtype: Any) -> Array:
     """The product [m, out] with the weight written out in the dtype of its tables."""
     operands = decode_operands(weight)
     config = config if isinstance(config, DecodeConfig) else None
     plan = make_overlap_plan(weight, x.shape[0], config)
     wanted = plan.worthwhile if plan.config.overlap is None else plan.config.overlap
-    if wanted and plan.supported and weight.outlier_indices is None:
+    if wanted and plan.supported and weight.outlier_indices is None and out_dtype == x.dtype:
         return overlap.product(plan, x, operands)
-    return _decode_once(x, weight, operands, config)
+    return _decode_once(x, weight, operands, config, out_dtype)
 
 
 def _decode_once(
-    x: Float[Array, "m in"], weight: KernelArray, operands: Operands, config: DecodeConfig | None
+    x: Float[Array, "m in"], weight: KernelArray, operands: Operands, config: DecodeConfig | None, out_dtype: Any
 ) -> Array:
     dense = transposed_weight(make_decode_plan(weight, config), operands)
     if weight.outlier_indices is not None:
         columns, values = kernel_layout.outlier_weight(weight)
         padding = ((0, 0), (0, dense.shape[1] - weight.layout.out_features))
         dense = dense.at[columns].set(jnp.pad(values, padding).astype(dense.dtype), unique_indices=True)
-    return (x @ dense)[:, : weight.layout.out_features]
+    return jnp.dot(x, dense, preferred_element_type=out_dtype)[:, : weight.layout.out_features]
 
 
 def _column_runs(x: Float[Array, "m in"], weight: KernelArray) -> Float[Array, "blocks m 32"]:

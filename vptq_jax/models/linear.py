@@ -142,7 +142,9 @@ class VQLinear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch in"], *, dtype: Any = None) -> Float[Array, "*batch out"]:
         """The result is in `dtype`, by default that of x."""
         weight = self.weight if self.order is None else self.kernel_weight
-        return _add_bias(vq_matmul(x, weight), self.bias).astype(dtype or x.dtype)
+        dtype = dtype or x.dtype
+        y = vq_matmul(x, weight, out_dtype=dtype if self.bias is None else jnp.float32)
+        return _add_bias(y, self.bias).astype(dtype)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -166,7 +168,9 @@ def project(
     if len(prepared) < max(2, len(layers)):
         x = x if norm is None else norm(x)
         return tuple(layer(x) for layer in layers)
-    products = vq_matmuls(x, [layer.kernel_weight for layer in prepared], norm=norm)
+    biased = any(layer.bias is not None for layer in prepared)
+    out_dtype = jnp.float32 if biased else x.dtype
+    products = vq_matmuls(x, [layer.kernel_weight for layer in prepared], norm=norm, out_dtype=out_dtype)
     return tuple(_add_bias(y, layer.bias).astype(x.dtype) for y, layer in zip(products, prepared, strict=True))
 
 
