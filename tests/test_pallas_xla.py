@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import random_vqarray
 
@@ -40,6 +40,7 @@ def test_both_forms_equal_the_oracle(spec, rows, form, monkeypatch):
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
+@settings(max_examples=8)
 @given(
     v=st.integers(1, 13), bits=st.integers(1, 7), residual=st.integers(0, 7), out=st.integers(1, 60),
     columns=st.integers(1, 70), rows=st.integers(1, 6),

@@ -2,8 +2,8 @@
 
     y = sum_c (x * scale)[perm[c]] * Wp[:, c] + sum_q x[q] * offset[q]
 
-so that scale and offset cost one pass over x instead of one over the weight, columns need no scatter, and on a CPU no
-more than a block of decoded vectors exists at a time.
+so that the offset costs one pass over x instead of one over the weight, columns need no scatter, and on a CPU no more
+than a block of decoded vectors exists at a time.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _by_blocks(x: Float[Array, "rows columns"], weight: VQArray) -> Float[Array,
     count = -(-layout.num_vectors // size)
     words = jnp.pad(weight.indices, ((0, 0), (0, count * size - layout.num_vectors), (0, 0)))
     words = words.reshape(layout.num_groups, count, size, -1).swapaxes(0, 1)
-    x = x.reshape(len(x), layout.num_groups, layout.group_size)
+    x = (x * scale).reshape(len(x), layout.num_groups, layout.group_size)
 
     @jax.checkpoint
     def block(words: UInt[Array, "G size words"]) -> Float[Array, "rows size v"]:
@@ -76,14 +76,18 @@ def _by_blocks(x: Float[Array, "rows columns"], weight: VQArray) -> Float[Array,
     return y.swapaxes(0, 1).reshape(len(x), -1)[:, : layout.out_features]
 
 
-def _at_once(x: Float[Array, "rows columns"], weight: VQArray, *, dtype: Any) -> Float[Array, "rows out"]:
+def _at_once(
+    x: Float[Array, "rows columns"], scale: Float[Array, " columns"], weight: VQArray
+) -> Float[Array, "rows out"]:
     """Few rows: one component of the centroids at a time, which XLA fuses with the sum; more: decode, then multiply."""
     layout = weight.layout
-    x = x.reshape(len(x), layout.num_groups, layout.group_size)
-    if len(x) > _FEW:
-        vectors = _decode(weight.indices, weight).astype(dtype)
-        y = jnp.einsum("rgc,gncv->rnv", x.astype(dtype), vectors, preferred_element_type=jnp.float32)
+    if len(x) > _FEW:  # x stays as it is, so that only the weight is rounded
+        scale = scale.reshape(layout.num_groups, 1, layout.group_size, 1)
+        vectors = (_decode(weight.indices, weight) * scale).astype(x.dtype)
+        x = x.reshape(len(x), layout.num_groups, layout.group_size)
+        y = jnp.einsum("rgc,gncv->rnv", x, vectors, preferred_element_type=jnp.float32)
         return y.reshape(len(x), -1)[:, : layout.out_features]
+    x = (x * scale).reshape(len(x), layout.num_groups, layout.group_size)
     main, residual = unpack_indices(weight.indices, layout.group_size, layout.index_bits, layout.res_index_bits)
 
     def component(d: int) -> Float[Array, "rows n"]:
