@@ -40,25 +40,22 @@ def vq_matmul(x: Float[Array, "*batch in"], weight: VQArray, *, out_dtype: Any =
 def _product(x: Float[Array, "rows in"], weight: VQArray) -> Float[Array, "rows out"]:
     # Without the barrier XLA moves the decoding of every weight out of a loop around it (decode), and keeps them all.
     x, weight = jax.lax.optimization_barrier((x, weight))
-    folded, shift = fold(x, weight)
     size = weight.layout.outlier_size
-    at_once = functools.partial(_at_once, dtype=x.dtype)
-    y = jax.lax.platform_dependent(folded[:, size:], weight, cpu=_by_blocks, default=at_once)
+    scale = jnp.ones(x.shape[1]) if weight.scale is None else weight.scale.astype(jnp.float32)
+    columns = x
+    if weight.perm is not None:
+        columns, scale = x[:, weight.perm], scale[weight.perm]
+    y = jax.lax.platform_dependent(columns[:, size:], scale[size:], weight, cpu=_by_blocks, default=_at_once)
     if size:
-        y = y + _outliers(folded[:, :size], weight)
-    return y if shift is None else y + shift[:, None]
+        y = y + _outliers(columns[:, :size] * scale[:size], weight)
+    if weight.offset is None:
+        return y
+    return y + (x.astype(jnp.float32) @ weight.offset.astype(jnp.float32))[:, None]
 
 
-def fold(x: Float[Array, "rows in"], weight: VQArray) -> tuple[Float[Array, "rows in"], Float[Array, " rows"] | None]:
-    """(x in permuted column order, times the scale; what the offset adds to every output of a row), in float32."""
-    x = x.astype(jnp.float32)
-    shift = None if weight.offset is None else x @ weight.offset.astype(jnp.float32)
-    if weight.scale is not None:
-        x = x * weight.scale.astype(jnp.float32)
-    return x if weight.perm is None else x[:, weight.perm], shift
-
-
-def _by_blocks(x: Float[Array, "rows columns"], weight: VQArray) -> Float[Array, "rows out"]:
+def _by_blocks(
+    x: Float[Array, "rows columns"], scale: Float[Array, " columns"], weight: VQArray
+) -> Float[Array, "rows out"]:
     """Blocks of vectors one after the other, each decoded and multiplied while it lies in the cache."""
     layout = weight.layout
     size = max(1, _BLOCK // layout.vector_len)
