@@ -241,3 +241,15 @@ def test_registry_knows_what_configs_know():
         assert type(build(config, AbstractSource())).__name__.lower() == model_type
     with pytest.raises(ValueError, match="supported: " + ", ".join(model_types())):
         dataclasses.replace(config, model_type="gpt2")
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_logits_are_not_rounded_to_bfloat16(quantized):
+    config = dataclasses.replace(ModelConfig("llama", 256, 32, 48, 1, 4, 2, 8), dtype="bfloat16")
+    model = build(config, RandomSource(jax.random.key(0), jnp.bfloat16))
+    if quantized:
+        model.set_linear("lm_head", VQLinear(random_vqarray("v4-k16", 256, 32, seed=1, dtype=jnp.bfloat16)))
+    logits = model(np.arange(14).reshape(2, 7))
+    assert logits.dtype == jnp.float32
+    on_the_grid = float(jnp.mean(logits == logits.astype(jnp.bfloat16)))
+    assert on_the_grid < 0.1

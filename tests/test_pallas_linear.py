@@ -27,7 +27,7 @@ def launches(monkeypatch):
     """A device that runs kernels; collects how many weights each launch had."""
     counts = []
 
-    def matmul(x, weights, norm=None):
+    def matmul(x, weights, norm=None, out_dtype=None):
         x = x if norm is None else norm(x)
         counts.append(len(weights))
         return tuple(x.astype(jnp.float32) @ restore(weight).dequantize().T for weight in weights)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, UInt
 from vptq_jax.array import VQArray
 from vptq_jax.packing import unpack_indices
 
-_BLOCK = 128  # output features that a CPU decodes at a time: with 4096 columns 2 MB, what a core's cache holds
+_BLOCK = 1 << 19  # weights that a CPU decodes at a time: 2 MB, what a core's cache holds
 _FEW = 4  # rows for which a GPU gathers inside the reduction; with more it decodes first and multiplies
 
 
@@ -32,6 +32,8 @@ def vq_matmul(x: Float[Array, "*batch in"], weight: VQArray, *, out_dtype: Any =
         out_dtype: of the result; None takes that of x.
     """
     rows = x.reshape(-1, x.shape[-1])
+    if not rows.size:
+        return jnp.zeros((*x.shape[:-1], weight.layout.out_features), out_dtype or x.dtype)
     y = _product(rows, weight)
     return y.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], weight.layout.out_features)
 
@@ -58,7 +60,7 @@ def _by_blocks(
 ) -> Float[Array, "rows out"]:
     """Blocks of vectors one after the other, each decoded and multiplied while it lies in the cache."""
     layout = weight.layout
-    size = max(1, _BLOCK // layout.vector_len)
+    size = max(1, min(layout.num_vectors, _BLOCK // (layout.vector_len * x.shape[1])))
     count = -(-layout.num_vectors // size)
     words = jnp.pad(weight.indices, ((0, 0), (0, count * size - layout.num_vectors), (0, 0)))
     words = words.reshape(layout.num_groups, count, size, -1).swapaxes(0, 1)
@@ -69,8 +71,8 @@ def _by_blocks(
         vectors = _decode(words, weight)
         return jnp.einsum("rgc,gncv->rnv", x, vectors, preferred_element_type=jnp.float32)
 
-    y = jax.lax.map(block, words)
-    return y.swapaxes(0, 1).reshape(len(x), -1)[:, : layout.out_features]
+    y = jax.lax.map(block, words) if count > 1 else block(words[0])[None]
+    return y.swapaxes(0, 1).reshape(len(x), count * size * layout.vector_len)[:, : layout.out_features]
 
 
 def _at_once(
@@ -83,7 +85,7 @@ def _at_once(
         vectors = (_decode(weight.indices, weight) * scale).astype(x.dtype)
         x = x.reshape(len(x), layout.num_groups, layout.group_size)
         y = jnp.einsum("rgc,gncv->rnv", x, vectors, preferred_element_type=jnp.float32)
-        return y.reshape(len(x), -1)[:, : layout.out_features]
+        return y.reshape(len(x), layout.num_vectors * layout.vector_len)[:, : layout.out_features]
     x = (x * scale).reshape(len(x), layout.num_groups, layout.group_size)
     main, residual = unpack_indices(weight.indices, layout.group_size, layout.index_bits, layout.res_index_bits)
 
