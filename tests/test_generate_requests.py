@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from random_models import random_model
 
+from vptq_jax import programs
 from vptq_jax.cli import terminal
 from vptq_jax.evaluate import perplexity
-from vptq_jax.generate import _decode, _prefill, generate
+from vptq_jax.generate import _decode, _prefill, _programs, generate
 from vptq_jax.sampling import Sampling
 
 MODEL = random_model()
@@ -36,6 +37,22 @@ def test_many_batch_sizes_share_few_programs():
         rows = generate(MODEL, [[5, 6, 7]] * size, max_new_tokens=2, stop_tokens=())
         assert len(rows) == size
     assert _prefill._cache_size() + _decode._cache_size() <= 14
+
+
+def test_programs_are_forgotten_where_mappings_run_low(monkeypatch, tmp_path):
+    requests = [(row, {"max_new_tokens": 2, "temperature": heat}) for row in PROMPTS[:4] for heat in (0.0, 1.0)]
+    requests += [([5] * 40, {"max_new_tokens": 2, "temperature": heat}) for heat in (0.0, 1.0)]
+    expected = [generate(MODEL, row, **options) for row, options in requests]
+    limit = tmp_path / "max_map_count"
+    limit.write_text("100")
+    monkeypatch.setattr(programs, "_MAP_LIMIT", limit)
+    monkeypatch.setattr(programs, "_FEWEST", 3)
+    monkeypatch.setattr(_programs, "_checked", 0)
+    for (row, options), tokens in zip(requests, expected, strict=True):
+        assert generate(MODEL, row, **options) == tokens
+        assert _programs.count <= 4
+    monkeypatch.setattr(programs, "_MAP_LIMIT", tmp_path / "gone")  # a system that does not say
+    assert not programs.mappings_run_low()
 
 
 def test_perplexity_is_the_same_for_every_batch_size():

@@ -23,6 +23,7 @@ from vptq_jax.models.decoder import Decoder, check_tokens
 from vptq_jax.models.diagnose import first_nonfinite
 from vptq_jax.models.linear import Linear, VQLinear, prepare
 from vptq_jax.pallas import device
+from vptq_jax.programs import Programs
 from vptq_jax.sampling import Sampling, SamplingArrays, next_token
 from vptq_jax.schema import is_integer, short
 from vptq_jax.tokens import TextStream, encode
@@ -276,6 +277,9 @@ def _decode(model: Decoder, state: _State, request: _Request, until: Int[Array, 
     return jax.lax.while_loop(going, step, state)
 
 
+_programs = Programs(_prefill, _decode)
+
+
 def _choose(state: _State, logits: Array, request: _Request, greedy: bool) -> _State:
     """Chooses the next token of every row and books it."""
     key = jax.random.fold_in(request.key, state.count)
@@ -324,6 +328,7 @@ class _Run:
         stop = _stop_ids(model, stop_tokens)
         limit = np.minimum(min(max_new_tokens, context), context - np.array([len(row) for row in ids]))
         prepare(model.linears(), model.dtype)
+        _programs.make_room()
         begin = time.perf_counter()
         width = bucket(max(map(len, ids)))
         # Rows up to a power of two, so that few programs serve every batch size; those beyond hold one token.

@@ -158,6 +158,7 @@ def test_damaged_work_directories(runner, tiny_hf, half_done, tmp_path, rng, lon
     assert set(listed) == {listed[0]}, "a damaged work directory gave other weights"
 
 
+@pytest.mark.timeout(1200)
 def test_two_runs_at_once(runner, tiny_hf, saved, tmp_path, tmp_path_factory, long, tried):
     with Runner(tmp_path_factory.mktemp("second")) as second:
         for index in range(8 if long else 2):
@@ -192,6 +193,7 @@ def test_two_runs_at_once(runner, tiny_hf, saved, tmp_path, tmp_path_factory, lo
             tried("two runs at once", str(statuses))
 
 
+@pytest.mark.timeout(1200)
 def test_threads_save_and_load(runner, saved, tmp_path, tried):
     call = f"""
 import threading

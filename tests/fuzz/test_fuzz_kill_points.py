@@ -44,6 +44,7 @@ def old_models(runner, tiny_hf, tmp_path_factory):
     return place
 
 
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_any_end_at_any_point(name, runner, tiny_hf, saved, old_models, tmp_path, rng, long, tried):
     old = None if "--overwrite" not in name else old_models / ("hf" if "--to hf" in name else "orbax")
@@ -82,6 +83,7 @@ def test_any_end_at_any_point(name, runner, tiny_hf, saved, old_models, tmp_path
         assert found[index] == found[0], f"{case}: another result than undisturbed: {found[index]}"
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("limit", [2000, 20_000, 60_000])
 @pytest.mark.parametrize("name", ["quantize", "convert --to orbax", "convert --to hf"])
 def test_no_file_may_grow_beyond(name, limit, runner, tiny_hf, saved, tmp_path, tried):
