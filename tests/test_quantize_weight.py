@@ -252,6 +252,17 @@ def test_units_of_weight_and_hessian_change_nothing(spec, of_weight, of_hessian)
     np.testing.assert_array_equal(np.asarray(scaled.dequantize()), np.ldexp(np.asarray(array.dequantize()), of_weight))
 
 
+def test_weights_of_dead_inputs_do_not_set_the_unit():
+    W, H = operator(32, 40)
+    H[[2, 9]] = 0
+    H[:, [2, 9]] = 0
+    array, stats = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), **FAST)
+    W[:, 2] = 1e30
+    large, found = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), **FAST)
+    assert found == stats
+    jax.tree.map(np.testing.assert_array_equal, large, array)
+
+
 @pytest.mark.parametrize("factor", [1e30, 1e-30, 3.0])
 def test_any_units_give_the_same_relative_error(factor):
     W, H = operator(32, 40)

@@ -146,7 +146,7 @@ def search(
     Stats hold an error for every round asked for, those not run repeat the last; `damping` is NaN if the Hessian
     could not be factorized.
     """
-    W, unit = to_unit(W)
+    W, unit = to_unit(_live(W, H))
     H, _ = to_unit(H)
     segments, slot_columns = arrange(layout)
     problem = prepare(W, H, damping, slot_columns, normalize=normalize, permute=permute)
@@ -185,6 +185,11 @@ def to_unit(x: Float[Array, "a b"]) -> tuple[Float[Array, "a b"], Float[Array, "
     _, exponent = jnp.frexp(jnp.abs(x).max())
     unit = jnp.ldexp(jnp.float32(1), jnp.clip((exponent - 1) // 2 * 2, -126, 126))
     return x / unit, unit
+
+
+def _live(W: Float[Array, "out in"], H: Float[Array, "in in"]) -> Float[Array, "out in"]:
+    """The weight without the columns of dead inputs, which must not set its unit."""
+    return jnp.where(jnp.diag(H) > 0, W, 0)
 
 
 def _scaled(array: VQArray, factor: Float[Array, ""]) -> VQArray:
@@ -252,7 +257,7 @@ _ROUNDING, _NEGLIGIBLE = 1.01, 1e-6
 @jax.jit
 def stored_error(array: VQArray, W: Float[Array, "out in"], H: Float[Array, "in in"]) -> Float[Array, ""]:
     """tr(E H E^T) / tr(W H W^T) of a quantized weight as it is."""
-    W, unit = to_unit(W)
+    W, unit = to_unit(_live(W, H))
     H, _ = to_unit(H)
     error = (_scaled(jax.tree.map(_widened, array), 1 / unit).dequantize() - W).T
     return proxy_loss(error, H) / jnp.maximum(proxy_loss(W.T, H), jnp.finfo(jnp.float32).tiny)
