@@ -35,10 +35,6 @@ _MOST_WEIGHTS = 256
 _TRACED_RUNS = 5
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "hidden_size": 576, "intermediate_size": 1536, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3,
-        "vocab_size": 49152,
-    },
     "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_layers": 32, "num_heads": 32},
     "llama2-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_layers": 40, "num_heads": 40},
     "llama2-70b": {
@@ -50,6 +46,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "mistral-7b": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3,
+        "vocab_size": 49152,
     },
 }  # fmt: skip
 
