@@ -10,7 +10,7 @@ from vptq_jax.chat import conversation_text, render
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Grüße  <b>&amp;\n漢字 {{ 1 }}"},
-    {"role": "assistant", "content": "Yes."},
+    {"role": "assistant", "content": "Yes.", "tool_calls": None, "reasoning": "Hm."},
     {"role": "user", "content": "And?", "extra": [1, 2.5, None, {"a": "ü"}]},
 ]
 TEMPLATES = [
@@ -21,6 +21,8 @@ TEMPLATES = [
     "{% set ns = namespace(count=0) %}{% for m in messages %}{% if loop.index is divisibleby 3 %}{% continue %}"
     "{% endif %}{% set ns.count = ns.count + 1 %}{{ m | tojson }}"
     "{{ (m.extra or []) | tojson(indent=2) }}{% endfor %}{{ ns.count }}",
+    "{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.tool_calls is defined }}\n{% endfor %}"
+    "{{ dict.fromkeys(['a', 'b'], 3) }}{% set n = namespace(self=1, a=2) %}{{ n.self + n.a }}",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "{% macro one(m) %}<{{ m.role }}>{{ m.content }}{% endmacro %}{% for m in messages %}{{ one(m) }}{% endfor %}"
     "{{ dict(a=1) }}{{ tools is none }}{{ tools is defined }}{{ documents is none }}{{ strftime_now('%Y') }}",
@@ -48,6 +50,8 @@ def test_the_text_is_that_of_transformers(tokenizer, template):
         ("{{ 'a' + 1 }}", "fails: TypeError"),
         ("{% if %}", "fails: TemplateSyntaxError"),
         ("{{ ''.__class__.__mro__ }}", "fails: SecurityError"),
+        ("{{ namespace(_a=1) }}", "fails: SecurityError"),
+        ("{% set n = namespace(a=1) %}{% set n._b = 1 %}", "fails: SecurityError"),
         ("{{ messages.append(1) }}", "fails: SecurityError"),
         ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "fails: RecursionError"),
         ("{{ 'a' * 10 ** 10 }}", "fails: .*memory"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -178,8 +179,6 @@ def test_generate(run, quantized):
 
 
 def test_generate_from_standard_input(run, quantized, monkeypatch):
-    import io
-
     monkeypatch.setattr("sys.stdin", io.StringIO("the quick"))
     outcome = run("generate", quantized, "-", "--max-new-tokens", "2", "--json")
     assert json.loads(outcome.out)["prompts"] == ["the quick"]
@@ -192,10 +191,41 @@ def test_chat_with_one_message(run, quantized):
 
 
 def test_chat_remembers_and_ends_at_the_end_of_input(run, quantized, monkeypatch):
-    import io
-
     monkeypatch.setattr("sys.stdin", io.StringIO("the fox\nthe dog\n"))
     assert run("chat", quantized, "--max-new-tokens", "3").code == 0
+
+
+class Terminal(io.StringIO):
+    """What a person types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_full_context_drops_the_oldest_exchanges(run, quantized, monkeypatch):
+    asked = []
+    monkeypatch.setattr("vptq_jax.generate.stream", lambda model, ids, **_: asked.append(len(ids)) or iter(["fox"]))
+    monkeypatch.setattr("sys.stdin", io.StringIO("the quick brown fox jumps over the dog\n" * 30))
+    outcome = run("chat", quantized, "--max-new-tokens", "100", "--system", "be a fox")
+    assert outcome.code == 0
+    assert outcome.err.count("The oldest messages no longer fit") > 5
+    assert len(asked) == 30
+    assert 150 < max(asked) <= 256 - 64  # a quarter of the context is kept for the answer
+
+
+def test_a_message_that_does_not_fit_ends_no_conversation_at_a_terminal(run, quantized, monkeypatch):
+    lines = ["the fox", "fox " * 300, "the dog"]
+    monkeypatch.setattr("sys.stdin", Terminal("\n".join(lines) + "\n"))
+    asked = []
+    monkeypatch.setattr("vptq_jax.generate.stream", lambda model, ids, **_: asked.append(ids) or iter(["dog"]))
+    outcome = run("chat", quantized)
+    assert outcome.code == 0
+    assert "leaves no room for an answer; expected a shorter message" in outcome.err
+    assert "oldest" not in outcome.err
+    assert len(asked) == 2
+    assert len(asked[1]) > len(asked[0])  # the first exchange is still there
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert "leaves no room for an answer" in failure(run("chat", quantized))
 
 
 def test_convert_round_trip_through_the_community_format(run, quantized, tmp_path):

@@ -254,7 +254,7 @@ def test_chat_prompt_refuses(talker):
         ([], {}, "there is no prompt; expected at least one"),
         ([[]], {}, "prompt 0 is empty"),
         ([[1], []], {}, "prompt 1 is empty"),
-        ("hello", {}, "no tokenizer, so prompts must be token ids"),
+        ("hello", {}, "no tokenizer, so the prompt must be given as token ids"),
         ([97], {}, "prompt 0: token id 97 .* outside the vocabulary; expected 0 to 96"),
         ([[1], [-1]], {}, "prompt 1: token id -1"),
         ([[1.5]], {}, r"prompt 0 is \[1.5\]; expected a text or a list of token ids"),
@@ -267,7 +267,7 @@ def test_chat_prompt_refuses(talker):
         ([1], {"temperature": -1}, "temperature is -1"),
         ([1], {"seed": 0.5}, "seed is 0.5; expected a whole number"),
         ([1], {"stop_tokens": [97]}, "stop token 97 is outside the vocabulary"),
-        ([1], {"stop_tokens": ["</s>"]}, "stop token '</s>' is not one token of the tokenizer"),
+        ([1], {"stop_tokens": ["</s>"]}, "no tokenizer, so a stop token must be given as token ids"),
         ([1], {"stop_tokens": 3}, "stop_tokens is 3; expected a list"),
     ],
 )

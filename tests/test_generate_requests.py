@@ -3,6 +3,7 @@
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_models import random_model
@@ -86,6 +87,12 @@ def test_a_perplexity_beyond_any_number_is_an_error():
         ([1], {"stop_tokens": [10**30]}, "stop token 10+ is outside the vocabulary"),
         ([1], {"stop_tokens": [1.5]}, "stop token 1.5 is neither"),
         ([1], {"stop_tokens": 3}, "stop_tokens is 3; expected a list"),
+        ([1], {"stop_tokens": b"a"}, "stop_tokens is b'a'; expected a list"),
+        (np.array(3), {}, r"the prompts are an array of shape \(\); expected"),
+        (jnp.array(3), {}, r"the prompts are an array of shape \(\); expected"),
+        (np.zeros((1, 1, 1), int), {}, r"shape \(1, 1, 1\); expected"),
+        (np.array([1.5]), {}, "prompt 0 is"),
+        (b"abc", {}, "the prompt is b'abc'; expected a text"),
         ([1], {"top_k": 1.5}, "top_k is 1.5; expected a whole number"),
         ([1], {"temperature": "hot"}, "temperature is 'hot'; expected"),
         ([1], {"min_p": float("nan")}, "min_p is nan; expected"),
@@ -97,6 +104,22 @@ def test_odd_requests_are_refused(prompt, options, message):
         generate(MODEL, prompt, **options)
 
 
+@pytest.mark.parametrize("kind", [tuple, np.array, jnp.array, lambda rows: [jnp.int32(row) for row in rows]])
+def test_prompts_of_every_kind(kind):
+    expected = generate(MODEL, [3, 4], max_new_tokens=3)
+    assert generate(MODEL, kind([3, 4]), max_new_tokens=3) == expected
+    assert generate(MODEL, [kind([3, 4])] * 2, max_new_tokens=3) == [expected] * 2
+    if kind in (np.array, jnp.array):
+        assert generate(MODEL, kind([[3, 4]] * 2), max_new_tokens=3) == [expected] * 2
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 5e-324, 1e-38])
+def test_the_most_likely_token_stays_whatever_top_p_is(top_p):
+    expected = generate(MODEL, [3, 4], max_new_tokens=5)
+    assert any(expected)
+    assert generate(MODEL, [3, 4], max_new_tokens=5, temperature=1.0, top_p=top_p) == expected
+
+
 @pytest.mark.parametrize("tokens", [2**40, 2**70])
 def test_more_tokens_than_a_context_holds(tokens):
     result = generate(MODEL, [1, 2], max_new_tokens=tokens, stop_tokens=(), return_result=True)
@@ -104,11 +127,14 @@ def test_more_tokens_than_a_context_holds(tokens):
     assert len(result.tokens[0]) == MODEL.config.context_length - 2
 
 
-def test_half_a_character_in_a_prompt(tiny_hf):
+def test_half_a_character(tiny_hf):
     from vptq_jax.load import load
 
-    with pytest.raises(ValueError, match="position 3, which is no character; expected UTF-8"):
-        generate(load(tiny_hf), "abc\ud800def")
+    model = load(tiny_hf)
+    with pytest.raises(ValueError, match=r"the prompt holds .* position 3, which is no character; expected UTF-8"):
+        generate(model, "abc\ud800def")
+    with pytest.raises(ValueError, match=r"a stop token holds .* position 0, which is no character"):
+        generate(model, "abc", stop_tokens=["\udc80"])
 
 
 def test_threads_generate_as_one_does():

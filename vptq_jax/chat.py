@@ -16,12 +16,14 @@ from typing import Any
 
 from vptq_jax.schema import short
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names under which clients send a model's reasoning; templates read the first, gpt-oss' the second."""
 _PROCESS = Path(__file__).with_name("template_process.py")
 _SECONDS = 10.0
 
 
 def conversation_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
-    """A conversation in the tokenizer's chat template, ready for the model's answer.
+    """A conversation in the tokenizer's chat template, ready for the model's answer, as transformers writes it.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
@@ -33,9 +35,22 @@ def conversation_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> 
     """
     return render(
         tokenizer.get_chat_template(),
-        {**tokenizer.special_tokens_map, "messages": list(messages), "add_generation_prompt": True}
+        {
+            **tokenizer.special_tokens_map,
+            "messages": [_message(message) for message in messages],
+            "add_generation_prompt": True,
+        }
         | {"tools": None, "documents": None},
     )
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without empty fields, which clients send and templates take for texts."""
+    fields = {name: value for name, value in message.items() if value is not None}
+    reasoning = [fields[name] for name in _REASONING if name in fields][:1]
+    for part in reasoning:
+        fields = {"thinking": part, **fields, "reasoning_content": part}
+    return fields
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:

@@ -425,12 +425,23 @@ def matmul_implementation(model: Decoder) -> str:
 def _is_single(prompts: Any) -> bool:
     if isinstance(prompts, str):
         return True
-    if not isinstance(prompts, Sequence | np.ndarray):
+    if isinstance(prompts, np.ndarray | jax.Array):
+        return prompts.ndim == 1
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise ValueError(f"the prompt is {short(prompts)}; expected a text, a list of token ids, or a list of either")
-    return len(prompts) > 0 and all(isinstance(item, int | np.integer) for item in prompts)
+    return len(prompts) > 0 and all(_is_token(item) for item in prompts)
+
+
+def _is_token(value: Any) -> bool:
+    """Whether a value is one token id: a whole number of Python, NumPy or JAX."""
+    if isinstance(value, jax.Array):
+        return value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)
+    return is_integer(value) or isinstance(value, np.integer)
 
 
 def _prompt_ids(model: Decoder, prompts: Sequence[Any]) -> list[list[int]]:
+    if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim not in (1, 2):
+        raise ValueError(f"the prompts are an array of shape {prompts.shape}; expected [tokens] or [batch, tokens]")
     if len(prompts) == 0:
         raise ValueError("there is no prompt; expected at least one")
     context = model.config.context_length
@@ -467,12 +478,12 @@ def _stop_ids(model: Decoder, stop_tokens: Sequence[int | str] | None) -> list[i
         ids = [*model.config.eos_token_id, *(own if isinstance(own, list) else [own])]
         ids.append(getattr(model.tokenizer, "eos_token_id", None))
         return sorted({token for token in ids if is_integer(token) and 0 <= token < vocab_size})
-    if isinstance(stop_tokens, str) or not isinstance(stop_tokens, Iterable):
+    if isinstance(stop_tokens, str | bytes | bytearray) or not isinstance(stop_tokens, Iterable):
         raise ValueError(f"stop_tokens is {short(stop_tokens)}; expected a list of tokens")
     found = []
     for token in stop_tokens:
         if isinstance(token, str):
-            pieces = [] if model.tokenizer is None else model.tokenizer.encode(token, add_special_tokens=False)
+            pieces = encode(model.tokenizer, token, add_special_tokens=False, what="a stop token")
             if len(pieces) != 1:
                 raise ValueError(f"stop token {short(token)} is not one token of the tokenizer; give its token id")
             found.append(pieces[0])

@@ -68,11 +68,13 @@ class Sampling:
 
     def traced(self, vocab_size: int) -> SamplingArrays:
         """The settings as arrays, so that other values need no other program."""
+        # A share that float32 rounds to 0 would leave no token.
+        smallest = float(jnp.finfo(jnp.float32).tiny)
         return SamplingArrays(
             repetition_penalty=jnp.float32(self.repetition_penalty),
             temperature=jnp.float32(self.temperature or 1.0),
             top_k=jnp.int32(vocab_size if self.top_k is None else min(self.top_k, vocab_size)),
-            top_p=jnp.float32(1.0 if self.top_p is None else self.top_p),
+            top_p=jnp.float32(1.0 if self.top_p is None else max(self.top_p, smallest)),
             min_p=jnp.float32(0.0 if self.min_p is None else self.min_p),
         )
 

@@ -10,8 +10,9 @@ import sys
 from datetime import datetime
 
 import jinja2.ext
+import jinja2.utils
 from jinja2 import TemplateError, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 MEMORY = 1 << 30  # bytes of address space beside what the interpreter has
 SECONDS = 5  # of the processor
@@ -34,6 +35,35 @@ class Generation(jinja2.ext.Extension):
         return nodes.Scope(body).set_lineno(line)
 
 
+class Names(jinja2.utils.Namespace):
+    """`namespace(...)`: variables that a template may assign in a loop; none that begins with an underscore."""
+
+    def __init__(*values, **named):  # a name may be `self`
+        self, *values = values
+        for name in dict(*values, **named):
+            Names.check(name)
+        jinja2.utils.Namespace.__init__(self, *values, **named)
+
+    def __setitem__(self, name: str, value: object) -> None:
+        Names.check(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def check(name: object) -> None:
+        if str(name).startswith("_"):
+            raise SecurityError(f"a namespace holds no names that begin with an underscore, and this is {name!r}")
+
+
+class Dicts:
+    """`dict`: makes dictionaries, and has no attributes to climb along."""
+
+    def __call__(self, *values, **named) -> dict:
+        return dict(*values, **named)
+
+    def fromkeys(self, *values) -> dict:
+        return dict.fromkeys(*values)
+
+
 def raise_exception(message: object) -> None:
     raise Said(str(message))
 
@@ -52,7 +82,8 @@ def environment() -> ImmutableSandboxedEnvironment:
     found.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": lambda form: datetime.now().strftime(form),
-        "dict": lambda *values, **named: dict(*values, **named),  # a function has no attributes to climb along
+        "dict": Dicts(),
+        "namespace": Names,
     }
     return found
 

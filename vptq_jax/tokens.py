@@ -11,21 +11,21 @@ _CONTEXT = 8
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
-def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """Token ids of a text, by default with the special tokens that the tokenizer adds.
+def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True, what: str = "the prompt") -> list[int]:
+    """Token ids of a text, by default with the special tokens that the tokenizer adds; errors call it `what`.
 
     Raises:
         ValueError: there is no tokenizer, or the text is empty or holds half of a character.
     """
     if tokenizer is None:
-        raise ValueError("the model has no tokenizer, so prompts must be token ids; or set model.tokenizer")
+        raise ValueError(f"the model has no tokenizer, so {what} must be given as token ids; or set model.tokenizer")
     if not text:
-        raise ValueError("the prompt is empty; expected some text")
+        raise ValueError(f"{what} is empty; expected some text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the prompt holds {text[error.start]!a} at position {error.start}, which is no character; expected UTF-8"
+            f"{what} holds {text[error.start]!a} at position {error.start}, which is no character; expected UTF-8"
         ) from None
     return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 

@@ -105,6 +105,8 @@ def chat(
 
         vptq-jax chat out --message "What is a codebook?" --temperature 0.7
     """
+    from vptq_jax.generate import ContextFull, stream
+
     settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if message is not None and not message.strip():
         raise ValueError("the message is empty; expected some text")
@@ -117,8 +119,16 @@ def chat(
         common.log.print("An empty line ends the conversation.", style="dim")
     for question in _questions() if message is None else [message]:
         messages.append({"role": "user", "content": question})
+        try:
+            messages, ids = _fitting(loaded, messages, max_new_tokens)
+        except ContextFull as error:
+            if message is not None or not sys.stdin.isatty():
+                raise
+            del messages[-1]  # a person goes on with the conversation as it was
+            common.log.print(str(error), style="yellow", highlight=False)
+            continue
         answer = ""
-        for piece in _answer(loaded, messages, settings):
+        for piece in stream(loaded, ids, **settings):
             answer += piece
             if not json:
                 print(shown(piece), end="", flush=True)
@@ -149,19 +159,31 @@ def _settings(
     return vars(sampling) | {"max_new_tokens": max_new_tokens, "seed": seed}
 
 
-def _answer(model: Decoder, messages: list[dict[str, str]], settings: dict[str, Any]) -> Iterator[str]:
-    """The answer's pieces. Where the context is full, the oldest messages are left out of `messages`."""
-    from vptq_jax.generate import ContextFull, chat_prompt, stream
+def _fitting(
+    model: Decoder, messages: list[dict[str, str]], max_new_tokens: int
+) -> tuple[list[dict[str, str]], list[int]]:
+    """The conversation and its token ids, the oldest exchanges left out where no room for an answer is left.
 
-    while True:
-        try:
-            return stream(model, chat_prompt(model, messages), **settings)
-        except ContextFull:
-            first = int(messages[0]["role"] == "system")
-            if len(messages) - first < 3:
-                raise
-            del messages[first : first + 2]
-            common.log.print("The oldest messages no longer fit the model's context and are left out.", style="dim")
+    Room is that for `max_new_tokens`, or for a quarter of the context where that is less. The last message stays.
+
+    Raises:
+        ContextFull: the last message alone leaves no room for any answer.
+    """
+    from vptq_jax.generate import ContextFull, chat_prompt
+
+    context = model.config.context_length
+    room = min(max_new_tokens, context // 4)
+    kept, first = list(messages), int(messages[0]["role"] == "system")
+    while len(ids := chat_prompt(model, kept)) > context - room and len(kept) - first >= 3:
+        del kept[first : first + 2]
+    if len(ids) >= context:
+        raise ContextFull(
+            f"the message has {len(ids)} tokens with its template and the model's context holds {context}, which "
+            "leaves no room for an answer; expected a shorter message"
+        )
+    if len(kept) < len(messages):
+        common.log.print("The oldest messages no longer fit the model's context and are left out.", style="dim")
+    return kept, ids
 
 
 def _questions() -> Iterator[str]:
