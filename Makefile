@@ -1,7 +1,7 @@
 # make quickstart   quantize a real model and talk to it
 # make test         the test suite (make test-slow: what takes longer)
 # make fuzz         thousands of faulty files, odd commands and kills, an hour or two
-# make lint         ruff and mypy
+# make lint         ruff, mypy, and what may import what
 # make format       let ruff rewrite
 #
 # The first run of each creates .venv and installs what is missing; later runs install nothing.
@@ -34,10 +34,11 @@ fuzz: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	# mypy knows nothing of package-dir: show it the packages where they are once installed.
-	rm -rf build/mypy && mkdir -p build/mypy/vptq_jax
-	ln -s $(CURDIR)/vptq_jax/* $(CURDIR)/pallas $(CURDIR)/convert build/mypy/vptq_jax/
-	cd build/mypy && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
+	# These two know nothing of package-dir: show them the packages where they are once installed.
+	rm -rf build/tree && mkdir -p build/tree/vptq_jax
+	ln -s $(CURDIR)/vptq_jax/* $(CURDIR)/pallas $(CURDIR)/convert build/tree/vptq_jax/
+	cd build/tree && PYTHONPATH=. $(abspath $(BIN))/lint-imports $(CURDIR)/pyproject.toml --no-cache
+	cd build/tree && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix $(SOURCES)

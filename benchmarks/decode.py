@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from vptq_jax import bench
+from vptq_jax.cli import benchmarking as bench
 
 
 def main() -> None:

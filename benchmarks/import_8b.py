@@ -32,7 +32,7 @@ _SCALE = 0.02
 
 def config(layers: int) -> Any:
     """Llama 3.1 8B, or its first layers."""
-    from vptq_jax.models.config import ModelConfig, RopeConfig
+    from vptq_jax.lm.config import ModelConfig, RopeConfig
 
     rope = RopeConfig(500000.0, "llama3", 8.0, 8192)
     return ModelConfig(
@@ -63,9 +63,9 @@ def _abstract(model_config: Any, spec: str) -> Any:
     import jax
 
     from vptq_jax.array import VQArray, expected_shapes
-    from vptq_jax.models.linear import VQLinear
-    from vptq_jax.models.params import AbstractSource
-    from vptq_jax.models.registry import build
+    from vptq_jax.lm.params import AbstractSource
+    from vptq_jax.lm.registry import build
+    from vptq_jax.nn.linear import VQLinear
     from vptq_jax.spec import VQSpec
 
     parsed = VQSpec.parse(spec)
@@ -127,7 +127,7 @@ def measure(directory: Path, tokens: int) -> dict[str, Any]:
     """Loads the checkpoint, and generates `tokens` tokens if asked to."""
     import jax
 
-    from vptq_jax.load import load
+    from vptq_jax.convert.loading import load
 
     jax.devices()
     stored = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
@@ -149,7 +149,7 @@ def measure(directory: Path, tokens: int) -> dict[str, Any]:
 
 
 def _generate(model: Any, count: int) -> dict[str, Any]:
-    from vptq_jax.generate import generate
+    from vptq_jax.lm.generation import generate
 
     prompt = list(range(1000, 1032))
     result = generate(model, prompt, max_new_tokens=count, stop_tokens=(), return_result=True)

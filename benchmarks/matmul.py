@@ -12,7 +12,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from vptq_jax import bench
+from vptq_jax.cli import benchmarking as bench
 from vptq_jax.pallas.vq_matmul import mosaic
 from vptq_jax.pallas.vq_matmul.dequantize import DecodeConfig
 from vptq_jax.pallas.vq_matmul.plan import MAX_ROWS, Config

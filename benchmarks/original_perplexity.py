@@ -43,8 +43,8 @@ def original_perplexity(path: Path, windows: np.ndarray) -> float:
 
 def our_perplexity(path: Path, windows: np.ndarray) -> float:
     """The same number from this library."""
-    from vptq_jax.evaluate import perplexity
-    from vptq_jax.load import load
+    from vptq_jax.convert.loading import load
+    from vptq_jax.lm.evaluation import perplexity
 
     model = load(path, dtype="float32")
     return perplexity(model, windows.reshape(-1), context=windows.shape[1]).value

@@ -28,8 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vptq_jax as vq
-from vptq_jax import data
-from vptq_jax.quantize import weight
+from vptq_jax.lm import data
 
 SPECS = ("v4-k256", "v6-k4096", "v8-k256-256", "v12-k4096-4096", "v8-k4096-4096")
 
@@ -54,12 +53,12 @@ def ablation_rows(seeds: list[int]) -> list[dict[str, Any]]:
 
 def _nearest_only(W: Any, U: Any, codes: Any, segments: Any) -> Any:
     """In place of the column pass: every vector takes its nearest centroid, nothing is compensated."""
-    codes = weight.assign(W, codes, segments)
-    return codes, W - weight.decode_all(segments, codes)
+    codes = search.assign(W, codes, segments)
+    return codes, W - search.decode_all(segments, codes)
 
 
 def _prepared(change: Callable[[Any, Any], dict[str, Any]]) -> Callable[..., Any]:
-    """In place of `weight.prepare`: fields of the problem replaced, given the problem and the scale of every slot."""
+    """In place of `search.prepare`: fields of the problem replaced, given the problem and the scale of every slot."""
 
     def prepare(W: Any, H: Any, damping: Any, slot_columns: Any, **options: Any) -> Any:
         problem = _prepare(W, H, damping, slot_columns, **options)
@@ -70,24 +69,24 @@ def _prepared(change: Callable[[Any, Any], dict[str, Any]]) -> Callable[..., Any
 
 
 def _undamped(W: Any, H: Any, damping: Any, slot_columns: Any, **options: Any) -> Any:
-    """In place of `weight.prepare`: refinement in the Hessian as collected; only the column pass is damped."""
+    """In place of `search.prepare`: refinement in the Hessian as collected; only the column pass is damped."""
     problem = _prepare(W, H, damping, slot_columns, **options)
     return dataclasses.replace(problem, H=_prepare(W, H, 0.0, slot_columns, **options).H)
 
 
 def _prototype(*arguments: Any, **options: Any) -> Any:
-    """In place of `weight.prepare`: undamped refinement, and k-means weighted by the undamped Hessian."""
+    """In place of `search.prepare`: undamped refinement, and k-means weighted by the undamped Hessian."""
     problem = _undamped(*arguments, **options)
     return dataclasses.replace(problem, importance=jnp.diag(problem.H))
 
 
 def _range(W: Any) -> tuple[Any, Any]:
-    """In place of `weight.normalization`: range and minimum of each column, as the released code has them."""
+    """In place of `search.normalization`: range and minimum of each column, as the released code has them."""
     lowest, highest = W.min(axis=0), W.max(axis=0)
     return jnp.maximum(highest - lowest, 1e-9), lowest
 
 
-_prepare = weight.prepare
+_prepare = search.prepare
 STEPS: dict[str, dict[str, Any]] = {
     "k-means only": {"column_pass": _nearest_only},
     # The column pass takes the Hessian of the weights before normalization.
@@ -108,10 +107,10 @@ def variant(name: str | None) -> Iterator[None]:
     """Puts a step or a choice of the algorithm back to what it was before, to measure what it is worth."""
     with contextlib.ExitStack() as stack:
         for function, replacement in (STEPS | CHOICES)[name].items() if name else ():
-            stack.enter_context(mock.patch.object(weight, function, replacement))
+            stack.enter_context(mock.patch.object(search, function, replacement))
         if name:
-            weight.search.clear_cache()
-            stack.callback(weight.search.clear_cache)
+            search.search.clear_cache()
+            stack.callback(search.search.clear_cache)
         yield
 
 

@@ -13,7 +13,7 @@ import dataclasses
 import jax
 
 import vptq_jax as vq
-from vptq_jax import bench
+from vptq_jax.cli import benchmarking as bench
 
 
 def main() -> None:

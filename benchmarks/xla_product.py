@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from vptq_jax import bench
+from vptq_jax.cli import benchmarking as bench
 from vptq_jax.pallas import vq_matmul
 from vptq_jax.spec import VQSpec
 

@@ -10,20 +10,20 @@ from typing import Any, Literal, get_args
 
 import jax
 
-from vptq_jax import checkpoint
+from vptq_jax.convert import checkpoint
 from vptq_jax.convert.export import KIND as HF_KIND
 from vptq_jax.convert.export import MAX_SHARD_BYTES, ExportPlan, export, plan_hf, plan_vptq
 from vptq_jax.convert.gguf import open_gguf
 from vptq_jax.convert.hf import open_hf
 from vptq_jax.convert.inspect import facts
-from vptq_jax.convert.problems import CheckpointError
-from vptq_jax.convert.source import all_linears, check_dtype, quantized_layers
+from vptq_jax.convert.loading import Kind, load, recognize
+from vptq_jax.convert.source import check_dtype
 from vptq_jax.convert.tokenizer import gguf_tokenizer, load_tokenizer
 from vptq_jax.convert.vptq_format import content_problems, open_vptq
 from vptq_jax.files import check_output
-from vptq_jax.load import Kind, load, recognize
-from vptq_jax.models.decoder import Decoder
-from vptq_jax.report import peak_memory
+from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.report import peak_memory
+from vptq_jax.problems import CheckpointError
 
 Target = Literal["orbax", "hf-vptq", "hf"]
 
@@ -144,8 +144,8 @@ def convert(
         problems=problems,
         notes=plan.notes if plan else [],
         model_type=about.get("model_type"),
-        quantized_layers=len(quantized_layers(model)) if model is not None else 0,
-        dense_layers=len(all_linears(model)) - len(quantized_layers(model)) if model is not None else 0,
+        quantized_layers=len(model.quantized_layers()) if model is not None else 0,
+        dense_layers=len(model.all_linears()) - len(model.quantized_layers()) if model is not None else 0,
         weights=about.get("weights", 0),
         bits_nominal=about.get("bits_nominal", 0.0),
         bits_total=about.get("bits_total", 0.0),

@@ -19,18 +19,18 @@ import numpy as np
 from jaxtyping import Array
 
 from vptq_jax.array import VQArray
-from vptq_jax.convert.files import TOKENIZER_FILES, read_json
 from vptq_jax.convert.hf import progress_bar
 from vptq_jax.convert.model_card import model_card
-from vptq_jax.convert.problems import raise_problems
 from vptq_jax.convert.safetensors_writer import LazyTensor, write_sharded
-from vptq_jax.convert.source import all_linears, check_dtype, quantized_layers
+from vptq_jax.convert.source import check_dtype
 from vptq_jax.convert.tokenizer import save_tokenizer
 from vptq_jax.convert.vptq_format import SWAPPED, TENSORS, swap_codebooks
 from vptq_jax.files import Kind, new_directory
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.decoder import Decoder
-from vptq_jax.models.linear import Linear, VQLinear, unprepare
+from vptq_jax.json_files import TOKENIZER_FILES, read_json
+from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.decoder import Decoder
+from vptq_jax.nn.linear import Linear, VQLinear, unprepare
+from vptq_jax.problems import raise_problems
 from vptq_jax.spec import VQLayout
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -65,7 +65,7 @@ def plan_vptq(model: Decoder) -> ExportPlan:
 
     Layers in kernel order change back to checkpoint order, in place.
     """
-    layers = quantized_layers(model)
+    layers = model.quantized_layers()
     unprepare(layers)
     swapped = [path for path, layer in layers.items() if _needs_swap(layer.layout)]
     problems = list(_config_problems(model.config))
@@ -101,7 +101,7 @@ def plan_hf(model: Decoder, dtype: Any = None) -> ExportPlan:
         dtype: of all parameters; None means the dtype of the model's activations.
     """
     target = check_dtype(dtype) or np.dtype(model.dtype)
-    layers = quantized_layers(model)
+    layers = model.quantized_layers()
     unprepare(layers)
     notes = [f"{len(layers)} quantized layers become dense"] if layers else []
     tensors = dict(_tensors(model, {}, target, ()))
@@ -210,7 +210,7 @@ def _needs_swap(layout: VQLayout) -> bool:
 
 
 def _linear_modules(model: Decoder) -> list[str]:
-    modules = [path for path in all_linears(model) if path != _TABLE]
+    modules = [path for path in model.all_linears() if path != _TABLE]
     return modules if model.lm_head is not None else [*modules, "lm_head"]
 
 
@@ -240,7 +240,7 @@ def _tensors(
     model: Decoder, quantized: Mapping[str, VQLinear], dtype: np.dtype | None, swapped: Any
 ) -> Iterator[tuple[str, LazyTensor]]:
     """Every tensor in the order of the model; layers in `quantized` in VPTQ form, all others dense."""
-    layers = all_linears(model)
+    layers = model.all_linears()
     for path, layer in layers.items():
         if path.endswith("self_attn.q_proj"):
             yield from _norms(model, int(path.split(".")[2]), dtype)

@@ -13,14 +13,14 @@ import numpy as np
 
 from vptq_jax.convert.gguf_reader import GGUFFile
 from vptq_jax.convert.hf import nonfinite_problems, progress_bar
-from vptq_jax.convert.problems import raise_problems
-from vptq_jax.convert.source import HeaderSource, Plan, StoredSource, check_dtype
+from vptq_jax.convert.source import HeaderSource, StoredSource, check_dtype
 from vptq_jax.convert.tokenizer import gguf_tokenizer
-from vptq_jax.models.config import ModelConfig, RopeConfig
-from vptq_jax.models.decoder import Decoder
-from vptq_jax.models.registry import build
-from vptq_jax.models.rope import inverse_frequencies
-from vptq_jax.models.streamed import StreamedModel
+from vptq_jax.lm.config import ModelConfig, RopeConfig
+from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.registry import Requirements, build
+from vptq_jax.lm.rope import inverse_frequencies
+from vptq_jax.lm.streamed import StreamedModel
+from vptq_jax.problems import raise_problems
 from vptq_jax.schema import Reader, short
 
 ARCHITECTURES = ("llama", "qwen2")
@@ -62,7 +62,7 @@ def load_gguf(path: str | Path, *, dtype: Any = None, progress: bool = False) ->
     target = check_dtype(dtype) or np.dtype(np.float32)
     stored = open_gguf(path)
     tokenizer = gguf_tokenizer(stored.file.metadata)
-    total = sum(math.prod(shape) for shape in Plan(stored.config).shapes.values()) * target.itemsize
+    total = sum(math.prod(shape) for shape in Requirements(stored.config).shapes.values()) * target.itemsize
     with progress_bar(total, progress) as advance:
         source = StoredSource(lambda name: stored.read(name, target), advance)
         model = build(dataclasses.replace(stored.config, dtype=target.name), source)
@@ -247,7 +247,7 @@ def _llama3_rope(file: GGUFFile, theta: float, head_dim: int) -> dict[str, Any]:
 
 
 def _tensor_problems(config: ModelConfig, file: GGUFFile, names: dict[str, str]) -> list[str]:
-    expected = Plan(config).shapes
+    expected = Requirements(config).shapes
     problems = []
     for name, shape in expected.items():
         if name not in names:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vptq_jax.quantize.hessian import Hessians
+from vptq_jax.lm.hessians import Hessians, read_hessians
 from vptq_jax.schema import INT32, short
 
 _MODULES = {
@@ -25,6 +25,20 @@ _MODULES = {
     "down": ("mlp.down_proj",),
 }
 _FILE = re.compile(r"(?P<layer>\d+)_(?P<part>qkv|o|up|down)\.pt")
+
+
+def load_hessians(directory: str | os.PathLike[str]) -> Hessians:
+    """Reads what `Hessians.save` wrote, or the community's `.pt` files; each H is read when it is asked for.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or it holds no Hessians.
+        ImportError: the files are `.pt` files and PyTorch is not installed.
+        ValueError: a file is damaged, missing, or belongs to another collection.
+    """
+    directory = Path(directory)
+    if not any(directory.glob("*.safetensors")) and any(directory.glob("*_qkv.pt")):
+        return load_hessian_files(directory)
+    return read_hessians(directory)
 
 
 def load_hessian_files(

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from vptq_jax.convert.files import read_json, resolve_directory
-from vptq_jax.convert.problems import raise_problems
 from vptq_jax.convert.safetensors_reader import SafetensorsFiles, find_nonfinite
-from vptq_jax.convert.source import FLOATS, HeaderSource, Plan, StoredSource, check_dtype
+from vptq_jax.convert.source import FLOATS, HeaderSource, StoredSource, check_dtype
 from vptq_jax.convert.tokenizer import load_tokenizer
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.decoder import Decoder
-from vptq_jax.models.registry import build
-from vptq_jax.models.streamed import StreamedModel
+from vptq_jax.json_files import read_json, resolve_directory
+from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.registry import Requirements, build
+from vptq_jax.lm.streamed import StreamedModel
+from vptq_jax.problems import raise_problems
 from vptq_jax.schema import is_integer, short
 
 # Buffers that older versions of transformers saved; every model computes them anew.
@@ -33,7 +33,7 @@ class PlainCheckpoint:
     directory: Path
     config: ModelConfig
     files: SafetensorsFiles
-    plan: Plan
+    plan: Requirements
 
     def abstract(self) -> Decoder:
         """The model with shapes in place of arrays."""
@@ -60,7 +60,7 @@ def open_hf(path_or_id: str | Path) -> PlainCheckpoint:
         raise NotImplementedError(f"{directory} is quantized by {method!r}; only plain checkpoints and 'vptq' are read")
     files = SafetensorsFiles(directory)
     config = read_config(raw, files)
-    plan = Plan(config)
+    plan = Requirements(config)
     raise_problems(f"{directory} does not fit its config.json", tensor_problems(plan.shapes, files, config))
     return PlainCheckpoint(directory, config, files, plan)
 

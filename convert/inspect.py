@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vptq_jax.convert.source import all_linears
-from vptq_jax.load import Kind, recognize
-from vptq_jax.models.decoder import Decoder
-from vptq_jax.models.linear import Linear, VQLinear
+from vptq_jax.convert.loading import Kind, recognize
+from vptq_jax.lm.decoder import Decoder
+from vptq_jax.nn.linear import Linear, VQLinear
 
 
 def abstract_model(path_or_id: str | Path) -> tuple[Kind, Path, Decoder]:
@@ -19,7 +18,7 @@ def abstract_model(path_or_id: str | Path) -> tuple[Kind, Path, Decoder]:
     Raises:
         FileNotFoundError, NotImplementedError, ValueError: as `load` does for what headers show.
     """
-    from vptq_jax import checkpoint
+    from vptq_jax.convert import checkpoint
     from vptq_jax.convert.gguf import open_gguf
     from vptq_jax.convert.hf import open_hf
     from vptq_jax.convert.vptq_format import open_vptq
@@ -48,7 +47,7 @@ def facts(model: Decoder) -> dict[str, Any]:
     the indices alone. Weights of norms and biases are not counted.
     """
     decoder = [_row(path, layer) for path, layer in model.linears().items()]
-    layers = [_row(path, layer) for path, layer in all_linears(model).items()]
+    layers = [_row(path, layer) for path, layer in model.all_linears().items()]
     config, weights = model.config, sum(row["weights"] for row in decoder)
     return {
         "model_type": config.model_type,

@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from vptq_jax.convert.source import all_linears, quantized_layers
-from vptq_jax.models.decoder import Decoder
+from vptq_jax.lm.decoder import Decoder
 
 
 def model_card(model: Decoder, name: str, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
@@ -45,7 +44,7 @@ print(vq.generate(model, "The capital of France is", max_new_tokens=32))
 
 
 def _summary(model: Decoder, quantized: bool) -> str:
-    layers = len(quantized_layers(model))
+    layers = len(model.quantized_layers())
     if quantized:
         return (
             f"A {model.config.model_type} model whose {layers} linear layers are quantized with VPTQ "
@@ -56,7 +55,7 @@ def _summary(model: Decoder, quantized: bool) -> str:
 
 
 def _facts(model: Decoder, config: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
-    layers = quantized_layers(model)
+    layers = model.quantized_layers()
     facts = []
     if layers:
         specs = Counter(str(layer.layout) for layer in layers.values())
@@ -67,7 +66,7 @@ def _facts(model: Decoder, config: Mapping[str, Any], metadata: Mapping[str, Any
             ("spec", ", ".join(f"{spec} ({count} layers)" for spec, count in specs.most_common())),
             ("bits per weight, indices alone", f"{nominal / weights:.3f}"),
             ("bits per weight, everything included", f"{stored / weights:.3f}"),
-            ("layers left dense", ", ".join(sorted(all_linears(model).keys() - layers.keys())) or "none"),
+            ("layers left dense", ", ".join(sorted(model.all_linears().keys() - layers.keys())) or "none"),
         ]
     facts.append(("dtype", str(config["dtype"])))
     facts.append(("calibration", str(metadata.get("calibration", "not recorded"))))

@@ -20,8 +20,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vptq_jax.convert.files import parse_json, read_json
-from vptq_jax.convert.problems import raise_problems
+from vptq_jax.json_files import parse_json, read_json
+from vptq_jax.problems import raise_problems
 from vptq_jax.schema import is_integer, short
 
 MAX_HEADER_BYTES = 100_000_000

@@ -10,34 +10,10 @@ import numpy as np
 from jaxtyping import Array
 
 from vptq_jax.convert.safetensors_reader import find_nonfinite
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.decoder import Decoder
-from vptq_jax.models.linear import Linear, VQLinear
-from vptq_jax.models.params import AbstractSource, DenseSource
-from vptq_jax.models.registry import build
+from vptq_jax.lm.params import AbstractSource, DenseSource
 
 FLOATS = ("float32", "float16", "bfloat16")
 """dtypes of weights, as NumPy names them."""
-
-
-class Plan(AbstractSource):
-    """Everything a model asks for, and nothing allocated.
-
-    Attributes:
-        shapes: shape of every dense tensor, by Hugging Face name, as if no layer were quantized.
-        linears: (out_features, in_features, bias) of every linear layer, by module path; the
-            embedding table and `lm_head` are among them.
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.linears: dict[str, tuple[int, int, bool]] = {}
-        build(config, self)
-
-    def linear(self, name: str, out_features: int, in_features: int, *, bias: bool) -> Linear | VQLinear:
-        """See `ParamSource.linear`."""
-        self.linears[name] = (out_features, in_features, bias)
-        return super().linear(name, out_features, in_features, bias=bias)
 
 
 class HeaderSource(AbstractSource):
@@ -73,17 +49,6 @@ class StoredSource(DenseSource):
         if self._progress:
             self._progress(array.nbytes)
         return to_device(name, array.reshape(shape))
-
-
-def all_linears(model: Decoder) -> dict[str, Linear | VQLinear]:
-    """Every linear layer by Hugging Face module path, the embedding table and `lm_head` included."""
-    layers = {"model.embed_tokens": model.embed_tokens, **model.linears()}
-    return layers if model.lm_head is None else layers | {"lm_head": model.lm_head}
-
-
-def quantized_layers(model: Decoder) -> dict[str, VQLinear]:
-    """The quantized ones of `all_linears`."""
-    return {path: layer for path, layer in all_linears(model).items() if isinstance(layer, VQLinear)}
 
 
 def to_device(name: str, array: np.ndarray) -> Array:

@@ -9,8 +9,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from vptq_jax.convert.files import TOKENIZER_FILES
-from vptq_jax.convert.problems import raise_problems
+from vptq_jax.json_files import TOKENIZER_FILES
+from vptq_jax.problems import raise_problems
 from vptq_jax.schema import Reader, is_integer, short
 
 _MOST_WORK = 1 << 30  # characters that are compared to find the merges of a vocabulary

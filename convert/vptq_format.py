@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from vptq_jax.array import VQArray, expected_shapes
-from vptq_jax.convert.files import read_json, resolve_directory
 from vptq_jax.convert.hf import (
     finish,
     is_harmless,
@@ -25,14 +24,15 @@ from vptq_jax.convert.hf import (
     read_config,
     tensor_problems,
 )
-from vptq_jax.convert.problems import raise_problems
 from vptq_jax.convert.safetensors_reader import SafetensorsFiles
-from vptq_jax.convert.source import FLOATS, HeaderSource, Plan, StoredSource, check_dtype, to_device
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.decoder import Decoder
-from vptq_jax.models.linear import Linear, VQLinear
-from vptq_jax.models.registry import build
+from vptq_jax.convert.source import FLOATS, HeaderSource, StoredSource, check_dtype, to_device
+from vptq_jax.json_files import read_json, resolve_directory
+from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.registry import Requirements, build
+from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.packing import pack_indices
+from vptq_jax.problems import raise_problems
 from vptq_jax.schema import is_integer, short
 from vptq_jax.spec import VQLayout
 
@@ -112,7 +112,7 @@ class VPTQCheckpoint:
     directory: Path
     config: ModelConfig
     files: SafetensorsFiles
-    plan: Plan
+    plan: Requirements
     layers: dict[str, StoredLayer]
 
     def abstract(self) -> Decoder:
@@ -154,14 +154,14 @@ def open_vptq(path_or_id: str | Path) -> VPTQCheckpoint:
         raise ValueError(f"{directory} is no VPTQ checkpoint: its quantization method is {quantization_method(raw)!r}")
     files = SafetensorsFiles(directory)
     config = read_config(raw, files)
-    plan = Plan(config)
+    plan = Requirements(config)
     layers, problems = read_layers(raw["quantization_config"], plan)
     problems += _header_problems(plan, layers, files, config)
     raise_problems(f"{directory} cannot be read", problems)
     return VPTQCheckpoint(directory, config, files, plan, layers)
 
 
-def read_layers(section: Mapping[str, Any], plan: Plan) -> tuple[dict[str, StoredLayer], list[str]]:
+def read_layers(section: Mapping[str, Any], plan: Requirements) -> tuple[dict[str, StoredLayer], list[str]]:
     """Every quantized layer that a `quantization_config` describes, and the problems with it."""
     problems: list[str] = []
     own, shared = (_mapping(section, key, problems) for key in ("config_for_layers", "shared_layer_config"))
@@ -366,7 +366,7 @@ def _unsigned(array: np.ndarray) -> np.ndarray:
 
 
 def _header_problems(
-    plan: Plan, layers: Mapping[str, StoredLayer], files: SafetensorsFiles, config: ModelConfig
+    plan: Requirements, layers: Mapping[str, StoredLayer], files: SafetensorsFiles, config: ModelConfig
 ) -> list[str]:
     dense = {name: shape for name, shape in plan.shapes.items() if name.removesuffix(".weight") not in layers}
     known = set(dense)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 import vptq_jax as vq
-from vptq_jax import data
+from vptq_jax.lm import data
 
 
 def main(arguments: list[str] | None = None) -> tuple[float, float]:

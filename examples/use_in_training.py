@@ -17,8 +17,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vptq_jax.models.linear import Linear, VQLinear
-from vptq_jax.quantize.weight import quantize_weight
+from vptq_jax.nn.linear import Linear, VQLinear
+from vptq_jax.quantization.search import quantize_weight
 
 WIDTH, INNER = 64, 128
 

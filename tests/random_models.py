@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 
 from vptq_jax.array import VQArray, expected_shapes
-from vptq_jax.models.config import ModelConfig, RopeConfig
-from vptq_jax.models.linear import VQLinear
-from vptq_jax.models.params import DenseSource
-from vptq_jax.models.registry import build
+from vptq_jax.lm.config import ModelConfig, RopeConfig
+from vptq_jax.lm.params import DenseSource
+from vptq_jax.lm.registry import build
+from vptq_jax.nn.linear import VQLinear
 from vptq_jax.spec import VQSpec
 
 CONFIG = ModelConfig(

@@ -10,10 +10,10 @@ import pytest
 import transformers
 from random_models import NumpySource
 
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.decoder import Decoder
-from vptq_jax.models.params import DenseSource
-from vptq_jax.models.registry import build
+from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.params import DenseSource
+from vptq_jax.lm.registry import build
 
 SHAPE = {
     "vocab_size": 97,

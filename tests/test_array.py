@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vptq_jax.array import VQArray
-from vptq_jax.models.linear import Linear, VQIndices, VQLinear, project
+from vptq_jax.nn.linear import Linear, VQIndices, VQLinear, project
 from vptq_jax.pallas.vq_matmul import vq_matmul
 from vptq_jax.spec import VQSpec
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from vptq_jax import bench
+from vptq_jax.cli import benchmarking as bench
 from vptq_jax.spec import VQSpec
 
 

@@ -5,7 +5,7 @@ import time
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from vptq_jax.chat import conversation_text, render
+from vptq_jax.lm.chat import conversation_text, render
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

@@ -14,11 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import CONFIG, TOKENS, assert_same_bits, random_model, random_vqarray
 
-from vptq_jax import checkpoint
+from vptq_jax.convert import checkpoint
 from vptq_jax.convert.hf import load_hf
-from vptq_jax.convert.source import all_linears
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.linear import VQLinear
+from vptq_jax.lm.config import ModelConfig
+from vptq_jax.nn.linear import VQLinear
 
 SPECS = st.sampled_from([None, "v6-k16-4", "v7-k32", "v4-k8-16-g4-noperm", "v8-k16-nonorm", "v3-k4-g5-o10v5k8"])
 
@@ -43,7 +42,7 @@ def test_quantized_embeddings_and_heads_come_back(tmp_path):
     checkpoint.save(model, tmp_path / "m")
     loaded = checkpoint.load(tmp_path / "m")
     assert_same_bits(model, loaded)
-    assert all(isinstance(layer, VQLinear) for layer in all_linears(loaded).values())
+    assert all(isinstance(layer, VQLinear) for layer in loaded.all_linears().values())
     np.testing.assert_array_equal(np.asarray(model(TOKENS)), np.asarray(loaded(TOKENS)))
 
 
@@ -65,7 +64,7 @@ def test_arrays_go_where_they_are_sent(tmp_path):
     code = f"""
         import jax, numpy as np
         from flax import nnx
-        from vptq_jax import checkpoint
+        from vptq_jax.convert import checkpoint
         mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
@@ -205,7 +204,7 @@ def test_restoring_makes_no_dense_copy(tmp_path):
     dense = sum(4 * layer.shape[0] * layer.shape[1] for layer in model.linears().values())
     checkpoint.save(model, tmp_path / "m")
     code = f"""
-        from vptq_jax import checkpoint
+        from vptq_jax.convert import checkpoint
         import orbax.checkpoint, transformers, jax
         jax.devices()
 

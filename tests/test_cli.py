@@ -204,7 +204,9 @@ class Terminal(io.StringIO):
 
 def test_a_full_context_drops_the_oldest_exchanges(run, quantized, monkeypatch):
     asked = []
-    monkeypatch.setattr("vptq_jax.generate.stream", lambda model, ids, **_: asked.append(len(ids)) or iter(["fox"]))
+    monkeypatch.setattr(
+        "vptq_jax.lm.generation.stream", lambda model, ids, **_: asked.append(len(ids)) or iter(["fox"])
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO("the quick brown fox jumps over the dog\n" * 30))
     outcome = run("chat", quantized, "--max-new-tokens", "100", "--system", "be a fox")
     assert outcome.code == 0
@@ -217,7 +219,7 @@ def test_a_message_that_does_not_fit_ends_no_conversation_at_a_terminal(run, qua
     lines = ["the fox", "fox " * 300, "the dog"]
     monkeypatch.setattr("sys.stdin", Terminal("\n".join(lines) + "\n"))
     asked = []
-    monkeypatch.setattr("vptq_jax.generate.stream", lambda model, ids, **_: asked.append(ids) or iter(["dog"]))
+    monkeypatch.setattr("vptq_jax.lm.generation.stream", lambda model, ids, **_: asked.append(ids) or iter(["dog"]))
     outcome = run("chat", quantized)
     assert outcome.code == 0
     assert "leaves no room for an answer; expected a shorter message" in outcome.err
@@ -471,7 +473,7 @@ def raise_version(file: Path) -> bool:
 
 
 def test_interruption_leaves_finished_layers_to_continue_from(run, tiny_hf, quantized, tmp_path, monkeypatch):
-    from vptq_jax.quantize import model as driver
+    from vptq_jax.lm import quantizer as driver
 
     command = ("quantize", tiny_hf, tmp_path / "out", "--spec", SPEC, *QUICK)
     real, calls = driver.quantize_weight, []

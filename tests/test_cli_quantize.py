@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from tiny_model import write_llama, write_tokenizer
 
-from vptq_jax import checkpoint, cli
-from vptq_jax.quantize.state import WorkDir
+from vptq_jax import cli
+from vptq_jax.convert import checkpoint
+from vptq_jax.lm.workdir import WorkDir
 
 QUICK = ("--spec", "v4-k16", "--samples", "4", "--length", "16", "--rounds", "1")
 

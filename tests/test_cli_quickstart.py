@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from vptq_jax import checkpoint, quickstart
+from vptq_jax.cli import quickstart_run as quickstart
+from vptq_jax.convert import checkpoint
 
 FIELDS = {
     "model", "spec", "bits_nominal", "bits_total", "perplexity", "calibration_tokens", "question", "answer",

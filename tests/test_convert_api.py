@@ -12,12 +12,12 @@ import pytest
 from random_models import CONFIG, TOKENS, assert_same_bits, random_model
 from safetensors.numpy import load_file
 
-from vptq_jax import checkpoint
+from vptq_jax.convert import checkpoint
 from vptq_jax.convert.api import convert
 from vptq_jax.convert.export import export, plan_hf, plan_vptq
 from vptq_jax.convert.inspect import facts, inspect
-from vptq_jax.load import load
-from vptq_jax.models.config import ModelConfig
+from vptq_jax.convert.loading import load
+from vptq_jax.lm.config import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_import_and_export_take_little_memory(tmp_path):
     export(random_model(), small, plan_vptq(random_model()))
     code = f"""
         from vptq_jax.convert.api import convert
-        from vptq_jax.load import load
+        from vptq_jax.convert.loading import load
 
         def status(key):
             return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))

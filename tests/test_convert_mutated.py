@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from vptq_jax.convert.api import convert
+from vptq_jax.convert.loading import load
 from vptq_jax.convert.vptq_format import load_vptq
-from vptq_jax.load import load
 
 SOURCE = Path(__file__).parent / "golden" / "checkpoints" / "v6_k64_pad"
 LAYER = "model.layers.0.self_attn.q_proj"

@@ -21,8 +21,8 @@ from transformers.utils.quantization_config import VptqConfig, VptqLayerConfig
 from vptq_jax.convert.export import export, plan_hf, plan_vptq
 from vptq_jax.convert.hf import load_hf
 from vptq_jax.convert.vptq_format import load_vptq, open_vptq
-from vptq_jax.models.config import ModelConfig, RopeConfig
-from vptq_jax.models.linear import VQLinear
+from vptq_jax.lm.config import ModelConfig, RopeConfig
+from vptq_jax.nn.linear import VQLinear
 from vptq_jax.spec import VQSpec
 
 HERE = Path(__file__).parent / "golden" / "checkpoints"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vptq_jax import data
+from vptq_jax.lm import data
 
 
 def paragraphs(text: str) -> set[str]:

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vptq_jax import data, evaluate
 from vptq_jax.convert.hf import load_hf
-from vptq_jax.evaluate import perplexity
+from vptq_jax.lm import data
+from vptq_jax.lm.evaluation import perplexity
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_batches_change_nothing(tiny, tokens, batch_size):
 
 def test_chunks_of_the_head_change_nothing(tiny, tokens, monkeypatch):
     whole = perplexity(tiny, tokens, context=64, max_windows=2)
-    monkeypatch.setattr(evaluate, "HEAD_TOKENS", 7)
+    monkeypatch.setattr(evaluation, "HEAD_TOKENS", 7)
     chunks = perplexity(tiny, tokens, context=64, max_windows=2)
     assert chunks.value == pytest.approx(whole.value, rel=1e-6)
 
@@ -79,7 +79,7 @@ def test_no_more_logits_than_promised(tiny, tokens, monkeypatch):
     seen = []
     head = type(tiny).head
     monkeypatch.setattr(type(tiny), "head", lambda self, h: seen.append(h.shape) or head(self, h))
-    monkeypatch.setattr(evaluate, "HEAD_TOKENS", 32)
+    monkeypatch.setattr(evaluation, "HEAD_TOKENS", 32)
     perplexity(tiny, tokens, context=64, max_windows=2, batch_size=2)
     assert {shape[0] * shape[1] for shape in seen} == {32}
 
@@ -113,7 +113,7 @@ def test_model_with_nan(tiny_hf, tokens):
 @pytest.mark.slow
 def test_smollm2_equals_pytorch(smollm2_gguf, shared, tmp_path):
     from vptq_jax.convert.api import convert
-    from vptq_jax.load import load
+    from vptq_jax.convert.loading import load
 
     model = load(smollm2_gguf)
     tokens = data.tokenize(model.tokenizer, data.load_text(shared / "data" / "eval.txt"))

@@ -14,11 +14,11 @@ from random_models import random_vqarray
 from reference_models import jax_model, random_model, random_tokens, torch_model
 from test_models_logits import LLAMA3, YARN, rope
 
-from vptq_jax.generate import bucket, cache_capacity, chat_prompt, generate, stream
-from vptq_jax.models.linear import Linear, VQLinear
-from vptq_jax.tokens import TextStream
+from vptq_jax.lm.generation import bucket, cache_capacity, chat_prompt, generate, stream
+from vptq_jax.lm.tokens import TextStream
+from vptq_jax.nn.linear import Linear, VQLinear
 
-module = importlib.import_module("vptq_jax.generate")  # The package's attribute of this name is the function.
+module = importlib.import_module("vptq_jax.lm.generation")  # The package's attribute of this name is the function.
 
 MODELS = {
     "llama": ("llama", {}),

@@ -10,9 +10,9 @@ from random_models import random_model
 
 from vptq_jax import programs
 from vptq_jax.cli import terminal
-from vptq_jax.evaluate import perplexity
-from vptq_jax.generate import _decode, _prefill, _programs, generate
-from vptq_jax.sampling import Sampling
+from vptq_jax.lm.evaluation import perplexity
+from vptq_jax.lm.generation import _decode, _prefill, _programs, generate
+from vptq_jax.lm.sampling import Sampling
 
 MODEL = random_model()
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [5], [6, 7], [8, 9, 10]]
@@ -128,7 +128,7 @@ def test_more_tokens_than_a_context_holds(tokens):
 
 
 def test_half_a_character(tiny_hf):
-    from vptq_jax.load import load
+    from vptq_jax.convert.loading import load
 
     model = load(tiny_hf)
     with pytest.raises(ValueError, match=r"the prompt holds .* position 3, which is no character; expected UTF-8"):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vptq_jax.sampling import Sampling, next_token, penalize, restrict
+from vptq_jax.lm.sampling import Sampling, next_token, penalize, restrict
 
 VOCAB = 23
 NO_SEEN = jnp.zeros((1, VOCAB), bool)

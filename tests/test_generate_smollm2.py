@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import transformers
 
-from vptq_jax.generate import generate
-from vptq_jax.load import load
-from vptq_jax.models.decoder import Decoder
+from vptq_jax.convert.loading import load
+from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.generation import generate
 
 torch = pytest.importorskip("torch")
 

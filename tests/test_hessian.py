@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from vptq_jax.quantize import hessian
-from vptq_jax.quantize.activations import Moment, hessian_key
-from vptq_jax.quantize.fingerprint import array_digest
-from vptq_jax.quantize.hessian import Hessians, load_hessians
+from vptq_jax.convert.hessian_files import load_hessians
+from vptq_jax.lm import hessians as hessian
+from vptq_jax.lm.activations import Moment, hessian_key
+from vptq_jax.lm.fingerprint import array_digest
+from vptq_jax.lm.hessians import Hessians
 
 
 def example(fingerprint="model a", tokens=100):

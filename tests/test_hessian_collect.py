@@ -4,12 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from vptq_jax.load import load, open_streamed
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.linear import Linear
-from vptq_jax.models.params import RandomSource
-from vptq_jax.models.registry import build
-from vptq_jax.quantize.hessian import collect_hessians, load_hessians
+from vptq_jax.convert.hessian_files import load_hessians
+from vptq_jax.convert.loading import load, open_streamed
+from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.hessians import collect_hessians
+from vptq_jax.lm.params import RandomSource
+from vptq_jax.lm.registry import build
+from vptq_jax.nn.linear import Linear
 
 torch = pytest.importorskip("torch")
 
@@ -142,7 +143,7 @@ def test_bad_batches(model):
 
 
 def test_blocks_share_one_compiled_program(model, batches):
-    from vptq_jax.quantize.activations import _observe
+    from vptq_jax.lm.activations import _observe
 
     _observe.clear_cache()
     collect_hessians(model, batches[:2], progress=False)

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from vptq_jax.convert.hessian_files import load_hessian_files
-from vptq_jax.quantize.hessian import Hessians, load_hessians
+from vptq_jax.convert.hessian_files import load_hessian_files, load_hessians
+from vptq_jax.lm.hessians import Hessians
 
 torch = pytest.importorskip("torch")
 

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from vptq_jax import checkpoint
+from vptq_jax.convert import checkpoint
 from vptq_jax.convert.hf import load_hf
-from vptq_jax.load import load, recognize
+from vptq_jax.convert.loading import load, recognize
 
 
 def test_saved_models_and_hugging_face_directories(tiny_hf, tmp_path):

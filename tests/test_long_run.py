@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from vptq_jax.evaluate import perplexity
-from vptq_jax.generate import _decode, _prefill, chat_prompt, generate, stream
-from vptq_jax.load import load
-from vptq_jax.quantize.model import quantize
+from vptq_jax.convert.loading import load
+from vptq_jax.lm.evaluation import perplexity
+from vptq_jax.lm.generation import _decode, _prefill, chat_prompt, generate, stream
+from vptq_jax.lm.quantizer import quantize
 from vptq_jax.spec import QuantConfig
 
 CALLS, WARM = 2000, 700

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference_models import random_model, random_tokens
 from test_models_logits import LLAMA3, YARN, rope
 
-from vptq_jax.models.cache import LayerCache
+from vptq_jax.lm.cache import LayerCache
 
 prefill = jax.jit(lambda model, tokens, start: model.prefill(tokens, start, capacity=30))
 step = jax.jit(lambda model, tokens, cache: model.step(tokens, cache))

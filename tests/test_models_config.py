@@ -8,7 +8,7 @@ import pytest
 import transformers
 from reference_models import FAMILIES, SHAPE
 
-from vptq_jax.models.config import ModelConfig, RopeConfig
+from vptq_jax.lm.config import ModelConfig, RopeConfig
 
 RAW = {
     "model_type": "llama",

@@ -11,12 +11,12 @@ import pytest
 from random_models import random_vqarray
 from reference_models import jax_model, random_model, random_tokens, torch_logits, torch_model
 
-from vptq_jax.models.attention import attend
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.diagnose import first_nonfinite
-from vptq_jax.models.linear import Linear, VQLinear
-from vptq_jax.models.params import AbstractSource, RandomSource
-from vptq_jax.models.registry import build, model_types
+from vptq_jax.lm.attention import attend
+from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.diagnose import first_nonfinite
+from vptq_jax.lm.params import AbstractSource, RandomSource
+from vptq_jax.lm.registry import build, model_types
+from vptq_jax.nn.linear import Linear, VQLinear
 
 
 def rope(kind: str, **values: float | bool) -> dict:
@@ -216,7 +216,7 @@ def test_attention_in_chunks_equals_attention_at_once(monkeypatch):
     )
     positions = jnp.arange(37)[None] - jnp.array([[0], [5]])
     whole = attend(q, k, v, positions, positions, 11)
-    monkeypatch.setattr("vptq_jax.models.attention.QUERY_CHUNK", 8)
+    monkeypatch.setattr("vptq_jax.lm.attention.QUERY_CHUNK", 8)
     chunked = attend(q, k, v, positions, positions, 11)
     np.testing.assert_allclose(whole[0], chunked[0], atol=1e-6)
     np.testing.assert_allclose(whole[1, 5:], chunked[1, 5:], atol=1e-6)

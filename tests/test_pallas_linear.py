@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 from pallas_cases import random_weight, relative_error
 
-from vptq_jax import checkpoint
-from vptq_jax.models import linear
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.linear import Linear, VQLinear, project
-from vptq_jax.models.params import RandomSource
-from vptq_jax.models.registry import build
+from vptq_jax.convert import checkpoint
+from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.params import RandomSource
+from vptq_jax.lm.registry import build
+from vptq_jax.nn import linear
+from vptq_jax.nn.linear import Linear, VQLinear, project
 from vptq_jax.pallas.vq_matmul import api, mosaic, restore
 
 CONFIG = ModelConfig(

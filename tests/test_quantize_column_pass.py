@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vptq_jax.quantize.column_pass import column_pass
-from vptq_jax.quantize.columns import Codes, arrange, decode_all
-from vptq_jax.quantize.linalg import proxy_loss
-from vptq_jax.quantize.refine import descend_indices, refine, refit_codebooks
+from vptq_jax.quantization.column_pass import column_pass
+from vptq_jax.quantization.columns import Codes, arrange, decode_all
+from vptq_jax.quantization.linalg import proxy_loss
+from vptq_jax.quantization.refine import descend_indices, refine, refit_codebooks
 from vptq_jax.spec import VQSpec
 
 SHAPES = [

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vptq_jax.quantize.kmeans import importance_sample, kmeans
+from vptq_jax.quantization.kmeans import importance_sample, kmeans
 
 jitted = functools.partial(jax.jit, static_argnames=("num_centroids", "iterations"))(kmeans)
 

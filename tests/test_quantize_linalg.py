@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vptq_jax.quantize.linalg import check_hessian, inverse_factor, proxy_loss, regularize
+from vptq_jax.quantization.linalg import check_hessian, inverse_factor, proxy_loss, regularize
 
 
 def second_moment(size: int, tokens: int, seed: int = 0) -> np.ndarray:

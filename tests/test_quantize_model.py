@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.decoder import Decoder
-from vptq_jax.models.linear import Linear, VQLinear
-from vptq_jax.models.params import DenseSource, RandomSource
-from vptq_jax.models.registry import build
-from vptq_jax.quantize import model as driver
-from vptq_jax.quantize.hessian import Hessians, collect_hessians
-from vptq_jax.quantize.model import StreamedModel, operator_key, quantize
-from vptq_jax.quantize.weight import quantize_weight
+from vptq_jax.lm import quantizer as driver
+from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.hessians import Hessians, collect_hessians
+from vptq_jax.lm.params import DenseSource, RandomSource
+from vptq_jax.lm.quantizer import StreamedModel, operator_key, quantize
+from vptq_jax.lm.registry import build
+from vptq_jax.nn.linear import Linear, VQLinear
+from vptq_jax.quantization.search import quantize_weight
 from vptq_jax.spec import QuantConfig, VQSpec
 
 Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
@@ -442,7 +442,7 @@ def test_run_record_is_readable(model, hessians, tmp_path):
 
 
 def test_stored_checkpoints_are_streamed(tiny_hf, tmp_path):
-    from vptq_jax.load import load, open_streamed
+    from vptq_jax.convert.loading import load, open_streamed
 
     rules = [("layers.1.self_attn.o_proj", "v4-k16")]
     batches = [np.arange(64).reshape(2, 32)]
@@ -459,7 +459,7 @@ def test_stored_checkpoints_are_streamed(tiny_hf, tmp_path):
 
 
 def test_gguf_is_streamed(smollm2_gguf):
-    from vptq_jax.load import open_streamed
+    from vptq_jax.convert.loading import open_streamed
 
     stored = open_streamed(smollm2_gguf)
     assert stored.config.num_layers == 30

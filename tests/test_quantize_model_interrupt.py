@@ -12,10 +12,10 @@ import pytest
 SCRIPT = """
 import os, signal, sys
 import jax, numpy as np
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.params import RandomSource
-from vptq_jax.models.registry import build
-from vptq_jax.quantize.model import quantize
+from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.params import RandomSource
+from vptq_jax.lm.registry import build
+from vptq_jax.lm.quantizer import quantize
 from vptq_jax.spec import QuantConfig
 
 config = ModelConfig.from_hf({

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vptq_jax.quantize.columns import arrange
-from vptq_jax.quantize.weight import check_finite, prepare, quantize_weight, search, store
+from vptq_jax.quantization.columns import arrange
+from vptq_jax.quantization.search import check_finite, prepare, quantize_weight, search, store
 from vptq_jax.spec import QuantConfig, VQSpec
 
 FAST = {"kmeans_iters": 8, "rounds": 1}

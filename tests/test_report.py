@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from vptq_jax.report import QuantReport, peak_memory
+from vptq_jax.lm.report import QuantReport, peak_memory
 
 
 def row(path, spec="v8-k256-256", **changes):

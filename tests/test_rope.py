@@ -11,8 +11,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vptq_jax.models.config import ModelConfig, RopeConfig
-from vptq_jax.models.rope import inverse_frequencies, rotary, rotate
+from vptq_jax.lm.config import ModelConfig, RopeConfig
+from vptq_jax.lm.rope import inverse_frequencies, rotary, rotate
 
 # As published: LLaMA 2, LLaMA 3, LLaMA 3.1 8B, LLaMA 3.2 1B, Qwen2.5 with yarn, and two old styles of long context.
 PUBLISHED = {

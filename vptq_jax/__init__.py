@@ -8,52 +8,89 @@ Load, calibrate, quantize, save, measure, generate:
     qmodel, report = vq.quantize(model, vq.QuantConfig("v8-k256-256"), batches)
     vq.save(qmodel, "out")
     print(vq.generate(qmodel, "The capital of France is", max_new_tokens=64))
+
+Names are imported when they are first used, so that `import vptq_jax` costs no more than what is used of it.
 """
 
-from vptq_jax.array import VQArray
-from vptq_jax.checkpoint import save
-from vptq_jax.evaluate import Perplexity, perplexity
-from vptq_jax.generate import GenerationResult, chat_prompt, generate, stream
-from vptq_jax.load import load, open_streamed
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.decoder import Decoder
-from vptq_jax.models.linear import Linear, VQLinear
-from vptq_jax.models.registry import build
-from vptq_jax.models.streamed import StreamedModel
-from vptq_jax.pallas import nearest_centroid
-from vptq_jax.pallas import vq_matmul as matmul
-from vptq_jax.quantize.hessian import Hessians, collect_hessians, load_hessians
-from vptq_jax.quantize.model import quantize
-from vptq_jax.quantize.weight import quantize_weight
-from vptq_jax.report import QuantReport
-from vptq_jax.spec import QuantConfig, VQLayout, VQSpec
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Decoder",
-    "GenerationResult",
-    "Hessians",
-    "Linear",
-    "ModelConfig",
-    "Perplexity",
-    "QuantConfig",
-    "QuantReport",
-    "StreamedModel",
-    "VQArray",
-    "VQLayout",
-    "VQLinear",
-    "VQSpec",
-    "build",
-    "chat_prompt",
-    "collect_hessians",
-    "generate",
-    "load",
-    "load_hessians",
-    "matmul",
-    "nearest_centroid",
-    "open_streamed",
-    "perplexity",
-    "quantize",
-    "quantize_weight",
-    "save",
-    "stream",
-]
+if TYPE_CHECKING:
+    from vptq_jax.array import VQArray as VQArray
+    from vptq_jax.convert.checkpoint import save as save
+    from vptq_jax.convert.hessian_files import load_hessians as load_hessians
+    from vptq_jax.convert.loading import load as load
+    from vptq_jax.convert.loading import open_streamed as open_streamed
+    from vptq_jax.lm.config import ModelConfig as ModelConfig
+    from vptq_jax.lm.decoder import Decoder as Decoder
+    from vptq_jax.lm.evaluation import Perplexity as Perplexity
+    from vptq_jax.lm.evaluation import perplexity as perplexity
+    from vptq_jax.lm.generation import GenerationResult as GenerationResult
+    from vptq_jax.lm.generation import chat_prompt as chat_prompt
+    from vptq_jax.lm.generation import generate as generate
+    from vptq_jax.lm.generation import stream as stream
+    from vptq_jax.lm.hessians import Hessians as Hessians
+    from vptq_jax.lm.hessians import collect_hessians as collect_hessians
+    from vptq_jax.lm.quantizer import quantize as quantize
+    from vptq_jax.lm.registry import build as build
+    from vptq_jax.lm.report import QuantReport as QuantReport
+    from vptq_jax.lm.streamed import StreamedModel as StreamedModel
+    from vptq_jax.nn.linear import Linear as Linear
+    from vptq_jax.nn.linear import VQLinear as VQLinear
+    from vptq_jax.pallas.nearest_centroid.api import nearest_centroid as nearest_centroid
+    from vptq_jax.pallas.vq_matmul.api import vq_matmul as matmul  # noqa: F401
+    from vptq_jax.quantization.search import quantize_weight as quantize_weight
+    from vptq_jax.spec import QuantConfig as QuantConfig
+    from vptq_jax.spec import VQLayout as VQLayout
+    from vptq_jax.spec import VQSpec as VQSpec
+
+_HOME = {
+    "Decoder": "lm.decoder",
+    "GenerationResult": "lm.generation",
+    "Hessians": "lm.hessians",
+    "Linear": "nn.linear",
+    "ModelConfig": "lm.config",
+    "Perplexity": "lm.evaluation",
+    "QuantConfig": "spec",
+    "QuantReport": "lm.report",
+    "StreamedModel": "lm.streamed",
+    "VQArray": "array",
+    "VQLayout": "spec",
+    "VQLinear": "nn.linear",
+    "VQSpec": "spec",
+    "build": "lm.registry",
+    "chat_prompt": "lm.generation",
+    "collect_hessians": "lm.hessians",
+    "generate": "lm.generation",
+    "load": "convert.loading",
+    "load_hessians": "convert.hessian_files",
+    "matmul": "pallas.vq_matmul",
+    "nearest_centroid": "pallas",
+    "open_streamed": "convert.loading",
+    "perplexity": "lm.evaluation",
+    "quantize": "lm.quantizer",
+    "quantize_weight": "quantization.search",
+    "save": "convert.checkpoint",
+    "stream": "lm.generation",
+}
+"""Where each public name lives."""
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("vptq_jax")
+    if name in ("convert", "pallas"):
+        return import_module(f"vptq_jax.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'vptq_jax' has no attribute {name!r}")
+    value = getattr(import_module(f"vptq_jax.{_HOME[name]}"), "vq_matmul" if name == "matmul" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

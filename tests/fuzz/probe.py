@@ -24,7 +24,7 @@ def digest(model) -> str:
 
 def digests(paths: list[str]) -> None:
     """Prints the digest of each saved model, or how it fails to load."""
-    from vptq_jax.load import load
+    from vptq_jax.convert.loading import load
 
     for path in paths:
         try:
@@ -44,8 +44,8 @@ def load_all(paths: list[str], notes: str, action: str, memory: int) -> None:
     """Loads each path and appends a line about it to `notes`: outcome, and digest or message."""
     import jax
 
-    from vptq_jax.load import load
-    from vptq_jax.quantize.hessian import load_hessians
+    from vptq_jax.convert.hessian_files import load_hessians
+    from vptq_jax.convert.loading import load
 
     jax.devices()
     limit_memory(memory)

@@ -38,7 +38,7 @@ def matmul(
     """Times products with quantized weights beside bf16 ones, in device time (needs a GPU)."""
     shapes = [_parse_shape(text) for text in shape or ["14336x4096"]]
     specs = _check_specs(spec or ["v8-k256-256"])
-    from vptq_jax import bench
+    from vptq_jax.cli import benchmarking as bench
 
     times = bench.bench_matmul(specs, shapes, rows or [1], seed=seed)
     results = [dataclasses.asdict(time) | {"gigabytes_per_second": time.gigabytes_per_second} for time in times]
@@ -57,7 +57,7 @@ def decode(
 ) -> None:
     """Times the decode loop of a whole model: tokens per second and memory."""
     specs = _check_specs(spec or ["v8-k256-256"])
-    from vptq_jax import bench
+    from vptq_jax.cli import benchmarking as bench
 
     speeds = bench.bench_decode(shape, specs, batches=batch or [1], new_tokens=tokens, dense=dense, seed=seed)
     _report(bench.environment(), [dataclasses.asdict(speed) for speed in speeds], json=json)
@@ -73,7 +73,7 @@ def quantize(
     """Times the quantization of one weight, compilation excluded."""
     out_features, in_features = _parse_shape(shape)
     specs = _check_specs(spec or ["v8-k256-256"])
-    from vptq_jax import bench
+    from vptq_jax.cli import benchmarking as bench
 
     _report(bench.environment(), bench.bench_quantize(specs, out_features, in_features, seed=seed), json=json)
 

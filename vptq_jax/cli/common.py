@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from vptq_jax.models.decoder import Decoder
-    from vptq_jax.models.streamed import StreamedModel
+    from vptq_jax.lm.decoder import Decoder
+    from vptq_jax.lm.streamed import StreamedModel
 
 # In a file or a pipe a table takes the width that it needs.
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
@@ -59,7 +59,7 @@ def parse_dtype(text: str | None) -> Any:
 def load_model(path: str, dtype: str | None = None) -> Decoder:
     """The model, with a line about it on standard error while it is read."""
     target = parse_dtype(dtype)
-    from vptq_jax.load import load
+    from vptq_jax.convert.loading import load
 
     with log.status(f"Loading {path}"):
         return load(path, dtype=target)
@@ -75,8 +75,8 @@ def open_model(path: str, dtype: str | None = None) -> Decoder | StreamedModel:
     target = parse_dtype(dtype)
     from vptq_jax.convert.gguf import open_gguf
     from vptq_jax.convert.hf import open_hf
-    from vptq_jax.convert.problems import raise_problems
-    from vptq_jax.load import open_streamed, recognize
+    from vptq_jax.convert.loading import open_streamed, recognize
+    from vptq_jax.problems import raise_problems
 
     kind, _ = recognize(path)
     if kind not in ("hf", "gguf"):

@@ -34,8 +34,8 @@ def evaluate(
 
         vptq-jax eval out --text notes.txt --context 1024 --max-windows 64 --json
     """
-    from vptq_jax import data
-    from vptq_jax.evaluate import perplexity
+    from vptq_jax.lm import data
+    from vptq_jax.lm.evaluation import perplexity
 
     texts = text or ["builtin"]
     for name in texts:

@@ -12,7 +12,7 @@ from vptq_jax.cli import common
 from vptq_jax.cli.terminal import shown
 
 if TYPE_CHECKING:
-    from vptq_jax.models.decoder import Decoder
+    from vptq_jax.lm.decoder import Decoder
 
 MaxNewTokens = Annotated[int, typer.Option(help="Stop after this many tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token each time; above 0 draws.")]
@@ -52,8 +52,8 @@ def generate(
 
         vptq-jax generate out - --json < prompt.txt
     """
-    from vptq_jax.generate import GenerationResult
-    from vptq_jax.generate import generate as generate_texts
+    from vptq_jax.lm.generation import GenerationResult
+    from vptq_jax.lm.generation import generate as generate_texts
 
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
     settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -105,7 +105,7 @@ def chat(
 
         vptq-jax chat out --message "What is a codebook?" --temperature 0.7
     """
-    from vptq_jax.generate import ContextFull, stream
+    from vptq_jax.lm.generation import ContextFull, stream
 
     settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if message is not None and not message.strip():
@@ -149,7 +149,7 @@ def _settings(
     seed: int,
 ) -> dict[str, Any]:
     """The settings as `generate` takes them, checked before a model is loaded."""
-    from vptq_jax.sampling import Sampling
+    from vptq_jax.lm.sampling import Sampling
 
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {max_new_tokens}; expected at least 1")
@@ -169,7 +169,7 @@ def _fitting(
     Raises:
         ContextFull: the last message alone leaves no room for any answer.
     """
-    from vptq_jax.generate import ContextFull, chat_prompt
+    from vptq_jax.lm.generation import ContextFull, chat_prompt
 
     context = model.config.context_length
     room = min(max_new_tokens, context // 4)

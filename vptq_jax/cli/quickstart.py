@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vptq_jax.cli import common
-from vptq_jax.quickstart import QUESTION, SPEC
+from vptq_jax.cli.quickstart_run import QUESTION, SPEC
 
 
 def quickstart(
@@ -31,7 +31,7 @@ def quickstart(
 
         vptq-jax quickstart --spec v4-k4096 --question "Who wrote Hamlet?"
     """
-    from vptq_jax.quickstart import run
+    from vptq_jax.cli.quickstart_run import run
 
     report = run(output, spec=spec, question=question, say=(lambda text: None) if json else print)
     if json:

@@ -18,13 +18,11 @@ from jaxtyping import Float
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from vptq_jax.convert.files import parse_json
-from vptq_jax.convert.problems import raise_problems
 from vptq_jax.files import Kind, new_directory
-from vptq_jax.models.decoder import Block, Decoder
-from vptq_jax.models.streamed import StreamedModel
-from vptq_jax.quantize.activations import Activations, Tokens, check_batches, hessian_key
-from vptq_jax.quantize.fingerprint import (
+from vptq_jax.json_files import parse_json
+from vptq_jax.lm.activations import Activations, Tokens, check_batches, hessian_key
+from vptq_jax.lm.decoder import Block, Decoder
+from vptq_jax.lm.fingerprint import (
     bytes_digest,
     end_digests,
     joined_digest,
@@ -32,6 +30,8 @@ from vptq_jax.quantize.fingerprint import (
     module_digests,
     text_digest,
 )
+from vptq_jax.lm.streamed import StreamedModel
+from vptq_jax.problems import raise_problems
 from vptq_jax.schema import REQUIRED, Reader, short
 
 
@@ -217,20 +217,15 @@ def _chunks(batches: Iterable[np.ndarray], tokens: int) -> Iterator[list[np.ndar
         yield chunk
 
 
-def load_hessians(directory: str | os.PathLike[str]) -> Hessians:
-    """Reads what `Hessians.save` wrote, or the community's `.pt` files; each H is read when it is asked for.
+def read_hessians(directory: str | os.PathLike[str]) -> Hessians:
+    """Reads what `Hessians.save` wrote; each H is read when it is asked for.
 
     Raises:
         FileNotFoundError: there is no such directory, or it holds no Hessians.
-        ImportError: the files are `.pt` files and PyTorch is not installed.
         ValueError: a file is damaged, missing, or belongs to another collection.
     """
     directory = Path(directory)
     files = sorted(directory.glob("*.safetensors"))
-    if not files and any(directory.glob("*_qkv.pt")):
-        from vptq_jax.convert.hessian_files import load_hessian_files
-
-        return load_hessian_files(directory)
     if not files:
         raise FileNotFoundError(
             f"no Hessians in {directory}: expected *.safetensors files as Hessians.save writes them"

@@ -14,11 +14,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from vptq_jax.array import VQArray
-from vptq_jax.quantize.column_pass import column_pass
-from vptq_jax.quantize.columns import Codes, Segment, arrange, assign_columns, decode_all
-from vptq_jax.quantize.kmeans import importance_sample, kmeans
-from vptq_jax.quantize.linalg import check_hessian, inverse_factor, proxy_loss, regularize
-from vptq_jax.quantize.refine import refine
+from vptq_jax.quantization.column_pass import column_pass
+from vptq_jax.quantization.columns import Codes, Segment, arrange, assign_columns, decode_all
+from vptq_jax.quantization.kmeans import importance_sample, kmeans
+from vptq_jax.quantization.linalg import check_hessian, inverse_factor, proxy_loss, regularize
+from vptq_jax.quantization.refine import refine
 from vptq_jax.spec import VQLayout, VQSpec, check_search_options
 
 _SMALLEST_SCALE = 1e-6  # Of the largest weight: constant columns keep a scale that can be divided by.

@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from vptq_jax.models.decoder import Block, Decoder, RMSNorm, check_tokens
-from vptq_jax.models.linear import Linear, VQLinear
-from vptq_jax.models.rope import Rotary
+from vptq_jax.lm.decoder import Block, Decoder, RMSNorm, check_tokens
+from vptq_jax.lm.rope import Rotary
+from vptq_jax.nn.linear import Linear, VQLinear
 
 Tokens: TypeAlias = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 """Token ids of one batch."""

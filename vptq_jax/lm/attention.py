@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from vptq_jax.models.cache import LayerCache
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.linear import Unnormalized, project
-from vptq_jax.models.params import ParamSource
-from vptq_jax.models.rope import Rotary, rotate
+from vptq_jax.lm.cache import LayerCache
+from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.params import ParamSource
+from vptq_jax.lm.rope import Rotary, rotate
+from vptq_jax.nn.linear import Unnormalized, project
 from vptq_jax.pallas.decode_attention import decode_attention
 
 QUERY_CHUNK = 256

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm.auto import tqdm
 
-from vptq_jax import data
-from vptq_jax.models.decoder import Decoder, check_tokens
+from vptq_jax.lm import data
+from vptq_jax.lm.decoder import Decoder, check_tokens
 
 HEAD_TOKENS = 256  # Tokens whose logits exist at one time.
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vptq_jax.models.config import ModelConfig, RopeConfig
+from vptq_jax.lm.config import ModelConfig, RopeConfig
 
 
 @jax.tree_util.register_dataclass

@@ -17,16 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from vptq_jax.chat import conversation_text
-from vptq_jax.models.cache import KVCache
-from vptq_jax.models.decoder import Decoder, check_tokens
-from vptq_jax.models.diagnose import first_nonfinite
-from vptq_jax.models.linear import Linear, VQLinear, prepare
+from vptq_jax.lm.cache import KVCache
+from vptq_jax.lm.chat import conversation_text
+from vptq_jax.lm.decoder import Decoder, check_tokens
+from vptq_jax.lm.diagnose import first_nonfinite
+from vptq_jax.lm.sampling import Sampling, SamplingArrays, next_token
+from vptq_jax.lm.tokens import TextStream, encode
+from vptq_jax.nn.linear import Linear, VQLinear, prepare
 from vptq_jax.pallas import device
 from vptq_jax.programs import Programs
-from vptq_jax.sampling import Sampling, SamplingArrays, next_token
 from vptq_jax.schema import is_integer, short
-from vptq_jax.tokens import TextStream, encode
 
 Prompt = str | Sequence[int]
 FinishReason = Literal["stop", "length", "context"]
@@ -90,7 +90,7 @@ def generate(
 
     Args:
         model: any decoder; with a tokenizer for text. On GPUs that run the kernels its quantized layers go into
-            kernel order in place, where codebooks cannot be trained; `models.linear.unprepare` takes them back.
+            kernel order in place, where codebooks cannot be trained; `nn.linear.unprepare` takes them back.
         prompts: a text, a list of token ids, or a list of either.
         max_new_tokens: at least 1. Generation also ends where the model's context is full.
         temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; the default is greedy.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.decoder import Block, Decoder
-from vptq_jax.models.linear import Linear, VQLinear
-from vptq_jax.models.params import AbstractSource, ParamSource
-from vptq_jax.models.registry import build
+from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.decoder import Block, Decoder
+from vptq_jax.lm.params import AbstractSource, ParamSource
+from vptq_jax.lm.registry import build
+from vptq_jax.nn.linear import Linear, VQLinear
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,19 +20,19 @@ from jaxtyping import Array, Bool, Float
 from tqdm.auto import tqdm
 
 from vptq_jax.array import VQArray
-from vptq_jax.convert.source import Plan
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.decoder import Block, Decoder
-from vptq_jax.models.linear import Linear, VQLinear
-from vptq_jax.models.streamed import StreamedModel
-from vptq_jax.quantize.activations import Tokens, check_batches, hessian_key
-from vptq_jax.quantize.calibration import Calibration, GivenHessians, RunningCalibration
-from vptq_jax.quantize.fingerprint import array_digest, json_digest
-from vptq_jax.quantize.hessian import Hessians
-from vptq_jax.quantize.linalg import check_hessian
-from vptq_jax.quantize.state import WorkDir
-from vptq_jax.quantize.weight import check_centroids, check_finite, quantize_weight, store
-from vptq_jax.report import QuantReport, peak_memory
+from vptq_jax.lm.activations import Tokens, check_batches, hessian_key
+from vptq_jax.lm.calibration import Calibration, GivenHessians, RunningCalibration
+from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.decoder import Block, Decoder
+from vptq_jax.lm.fingerprint import array_digest, json_digest
+from vptq_jax.lm.hessians import Hessians
+from vptq_jax.lm.registry import Requirements
+from vptq_jax.lm.report import QuantReport, peak_memory
+from vptq_jax.lm.streamed import StreamedModel
+from vptq_jax.lm.workdir import WorkDir
+from vptq_jax.nn.linear import Linear, VQLinear
+from vptq_jax.quantization.linalg import check_hessian
+from vptq_jax.quantization.search import check_centroids, check_finite, quantize_weight, store
 from vptq_jax.spec import QuantConfig, VQSpec
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
@@ -316,7 +316,7 @@ def _last_block(unfinished: set[str], layers: int) -> int:
 
 def _linear_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """Shape of every linear layer in the order of work: blocks, then output projection and embedding."""
-    shapes = {path: (rows, columns) for path, (rows, columns, _) in Plan(model).linears.items()}
+    shapes = {path: (rows, columns) for path, (rows, columns, _) in Requirements(model).linears.items()}
     embedding = shapes.pop(_EMBEDDING)
     return shapes | {_EMBEDDING: embedding}
 

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from vptq_jax.pallas.nearest_centroid import nearest_centroid
-from vptq_jax.quantize.linalg import dot
+from vptq_jax.quantization.linalg import dot
 from vptq_jax.spec import VQLayout
 
 BLOCK = 128

@@ -12,11 +12,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from vptq_jax.models.decoder import Block, Decoder
-from vptq_jax.models.linear import Linear, VQLinear
-from vptq_jax.quantize.activations import Activations, hessian_key
-from vptq_jax.quantize.fingerprint import bytes_digest, end_digests, module_digests, text_digest
-from vptq_jax.quantize.hessian import Hessians
+from vptq_jax.lm.activations import Activations, hessian_key
+from vptq_jax.lm.decoder import Block, Decoder
+from vptq_jax.lm.fingerprint import bytes_digest, end_digests, module_digests, text_digest
+from vptq_jax.lm.hessians import Hessians
+from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.spec import QuantConfig
 
 T = TypeVar("T")

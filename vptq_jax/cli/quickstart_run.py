@@ -62,13 +62,14 @@ def run(
         FileExistsError: `output` holds something else.
         ValueError: the spec does not parse.
     """
-    from vptq_jax import checkpoint, data
-    from vptq_jax.evaluate import perplexity
-    from vptq_jax.generate import chat_prompt, stream
-    from vptq_jax.load import load
-    from vptq_jax.quantize.hessian import collect_hessians
-    from vptq_jax.quantize.model import quantize
-    from vptq_jax.report import peak_memory
+    from vptq_jax.convert import checkpoint
+    from vptq_jax.convert.loading import load
+    from vptq_jax.lm import data
+    from vptq_jax.lm.evaluation import perplexity
+    from vptq_jax.lm.generation import chat_prompt, stream
+    from vptq_jax.lm.hessians import collect_hessians
+    from vptq_jax.lm.quantizer import quantize
+    from vptq_jax.lm.report import peak_memory
 
     config = QuantConfig(spec)
     weights = find_weights()

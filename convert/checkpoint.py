@@ -32,17 +32,17 @@ from flax import nnx
 from jaxtyping import Array
 
 from vptq_jax.array import VQArray, expected_shapes
-from vptq_jax.convert.files import read_json
-from vptq_jax.convert.problems import raise_problems
-from vptq_jax.convert.source import FLOATS, quantized_layers
+from vptq_jax.convert.source import FLOATS
 from vptq_jax.convert.tokenizer import load_tokenizer, save_tokenizer
 from vptq_jax.files import Kind, held_interrupt, new_directory
-from vptq_jax.models.config import ModelConfig, RopeConfig
-from vptq_jax.models.decoder import Decoder
-from vptq_jax.models.linear import Linear, VQLinear, unprepare
-from vptq_jax.models.params import AbstractSource
-from vptq_jax.models.registry import build
-from vptq_jax.report import REPORT_FILES, QuantReport
+from vptq_jax.json_files import read_json
+from vptq_jax.lm.config import ModelConfig, RopeConfig
+from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.params import AbstractSource
+from vptq_jax.lm.registry import build
+from vptq_jax.lm.report import REPORT_FILES, QuantReport
+from vptq_jax.nn.linear import Linear, VQLinear, unprepare
+from vptq_jax.problems import raise_problems
 from vptq_jax.schema import REQUIRED, Reader, is_integer, short
 from vptq_jax.spec import VQLayout
 
@@ -203,7 +203,7 @@ def _manifest(model: Decoder, arrays: Mapping[str, Array]) -> dict[str, Any]:
             "normalize": layer.scale is not None,
             "permute": layer.perm is not None,
         }
-        for path, layer in quantized_layers(model).items()
+        for path, layer in model.quantized_layers().items()
     }
     return {
         "format": "vptq_jax",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from vptq_jax.models.decoder import Decoder
+from vptq_jax.lm.decoder import Decoder
 
 
 def first_nonfinite(model: Decoder, tokens: Int[Array, "B T"]) -> str | None:

@@ -15,12 +15,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from vptq_jax.models.attention import Attention
-from vptq_jax.models.cache import KVCache, LayerCache
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.linear import Linear, Unnormalized, VQLinear, project
-from vptq_jax.models.params import ParamSource
-from vptq_jax.models.rope import Rotary, rotary
+from vptq_jax.lm.attention import Attention
+from vptq_jax.lm.cache import KVCache, LayerCache
+from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.params import ParamSource
+from vptq_jax.lm.rope import Rotary, rotary
+from vptq_jax.nn.linear import Linear, Unnormalized, VQLinear, project
 from vptq_jax.pallas.vq_matmul import RMS
 
 _ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -208,6 +208,15 @@ class Decoder(nnx.Module):
     def linears(self) -> dict[str, Linear | VQLinear]:
         """The decoder's linear layers in forward order, by Hugging Face module path."""
         return {path: getattr(owner, name) for path, owner, name in self._places()}
+
+    def all_linears(self) -> dict[str, Linear | VQLinear]:
+        """`linears()`, before them the embedding table, after them the output projection where it is not tied."""
+        layers = {"model.embed_tokens": self.embed_tokens, **self.linears()}
+        return layers if self.lm_head is None else layers | {"lm_head": self.lm_head}
+
+    def quantized_layers(self) -> dict[str, VQLinear]:
+        """The quantized ones of `all_linears`."""
+        return {path: layer for path, layer in self.all_linears().items() if isinstance(layer, VQLinear)}
 
     def set_linear(self, path: str, layer: Linear | VQLinear) -> None:
         """Replaces a linear layer: one of `linears()`, `lm_head` or `model.embed_tokens`.

@@ -16,8 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt
 
-from vptq_jax.models.decoder import Decoder
-from vptq_jax.models.linear import VQLinear
+from vptq_jax.lm.decoder import Decoder
+from vptq_jax.nn.linear import VQLinear
 
 
 def array_digest(array: Array | np.ndarray) -> str:

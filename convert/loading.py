@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from vptq_jax.models.decoder import Decoder
-from vptq_jax.models.streamed import StreamedModel
+from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.streamed import StreamedModel
 
 Kind = Literal["orbax", "hf", "hf-vptq", "gguf"]
 
@@ -19,9 +19,9 @@ def recognize(path_or_id: str | Path) -> tuple[Kind, Path]:
         NotImplementedError: weights quantized by a method that is not supported.
         ValueError: a config.json that is not JSON.
     """
-    from vptq_jax.checkpoint import MANIFEST, is_checkpoint
-    from vptq_jax.convert.files import read_json, resolve_directory
+    from vptq_jax.convert.checkpoint import MANIFEST, is_checkpoint
     from vptq_jax.convert.hf import quantization_method
+    from vptq_jax.json_files import read_json, resolve_directory
 
     path = resolve_directory(path_or_id)
     if path.is_file():
@@ -63,7 +63,7 @@ def load(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False) -
     """
     kind, path = recognize(path_or_id)
     if kind == "orbax":
-        from vptq_jax import checkpoint
+        from vptq_jax.convert import checkpoint
 
         if dtype is not None:
             raise ValueError(f"{path} is a saved vptq_jax model, which keeps its dtypes; leave dtype out")

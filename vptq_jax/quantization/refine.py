@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from vptq_jax.quantize.columns import Codes, Segment, decode, decode_all, encode_column, group_books
-from vptq_jax.quantize.linalg import dot, proxy_loss
+from vptq_jax.quantization.columns import Codes, Segment, decode, decode_all, encode_column, group_books
+from vptq_jax.quantization.linalg import dot, proxy_loss
 
 _CG_ITERATIONS = 32
 _CG_TOLERANCE = 1e-5  # Of the right-hand side's norm.

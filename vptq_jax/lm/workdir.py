@@ -25,7 +25,7 @@ import safetensors.flax
 
 from vptq_jax.array import VQArray
 from vptq_jax.files import check_writable, final_path, held_interrupt, locked, write_atomic
-from vptq_jax.quantize.fingerprint import bytes_digest, json_digest
+from vptq_jax.lm.fingerprint import bytes_digest, json_digest
 from vptq_jax.spec import VQLayout
 
 _FORMAT = "quantization-2"

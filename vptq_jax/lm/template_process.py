@@ -39,10 +39,9 @@ class Names(jinja2.utils.Namespace):
     """`namespace(...)`: variables that a template may assign in a loop; none that begins with an underscore."""
 
     def __init__(*values, **named):  # a name may be `self`
-        self, *values = values
-        for name in dict(*values, **named):
+        for name in dict(*values[1:], **named):
             Names.check(name)
-        jinja2.utils.Namespace.__init__(self, *values, **named)
+        jinja2.utils.Namespace.__init__(*values, **named)
 
     def __setitem__(self, name: str, value: object) -> None:
         Names.check(name)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from vptq_jax.quantize.columns import Codes, Segment, encode_column, group_books
-from vptq_jax.quantize.linalg import dot
+from vptq_jax.quantization.columns import Codes, Segment, encode_column, group_books
+from vptq_jax.quantization.linalg import dot
 
 
 def column_pass(

@@ -23,9 +23,9 @@ import numpy as np
 from jaxtyping import Array
 
 from vptq_jax.array import VQArray, expected_shapes
-from vptq_jax.models.config import ModelConfig
-from vptq_jax.models.linear import Linear, VQLinear, prepare
-from vptq_jax.models.params import DenseSource
+from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.params import DenseSource
+from vptq_jax.nn.linear import Linear, VQLinear, prepare
 from vptq_jax.pallas import device as pallas_device
 from vptq_jax.pallas.vq_matmul import choose_order, relayout, vq_matmul
 from vptq_jax.spec import VQLayout, VQSpec
@@ -203,7 +203,7 @@ def bench_quantize(
         one row a spec: spec, first_seconds, and of the second run seconds, weights_per_second and the relative
         proxy error.
     """
-    from vptq_jax.quantize.weight import quantize_weight
+    from vptq_jax.quantization.search import quantize_weight
 
     keys = jax.random.split(jax.random.key(seed), 3)
     weight = 0.02 * jax.random.normal(keys[0], (out_features, in_features))
@@ -293,7 +293,7 @@ def random_hessian(key: Array, features: int) -> Array:
 
 def random_model(config: ModelConfig, spec: str | None, dtype: Any = jnp.bfloat16, seed: int = 0) -> Any:
     """A decoder with random weights made on the device, dense or quantized, in kernel order where a kernel runs."""
-    from vptq_jax.models.registry import build
+    from vptq_jax.lm.registry import build
 
     model = build(config, _RandomSource(jax.random.key(seed), dtype, spec))
     prepare(model.linears(), dtype)
@@ -392,7 +392,7 @@ def product_time(run: Callable[[], Any], products: int) -> tuple[float, float]:
 
 
 def _decode_speed(model: Any, shape: str, spec: str, batch: int, new_tokens: int) -> DecodeSpeed:
-    from vptq_jax.generate import generate
+    from vptq_jax.lm.generation import generate
 
     def run(tokens: int) -> Any:
         return generate(model, [[1]] * batch, max_new_tokens=tokens, stop_tokens=(), return_result=True)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from vptq_jax.models.linear import Linear, VQLinear
+from vptq_jax.nn.linear import Linear, VQLinear
 
 
 class ParamSource(Protocol):

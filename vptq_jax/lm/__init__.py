@@ -1,0 +1,1 @@
+"""Decoder language models: loading aside, everything from their config to text."""

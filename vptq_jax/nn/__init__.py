@@ -1,0 +1,1 @@
+"""Layers: dense and quantized, for any `nnx.Module`."""

@@ -1,0 +1,1 @@
+"""The quantization of one matrix: pure functions of arrays."""

@@ -1,1 +1,0 @@
-"""VPTQ as pure functions of arrays, and the driver that runs them over a model."""
