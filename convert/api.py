@@ -13,12 +13,12 @@ import jax
 from vptq_jax.convert import checkpoint
 from vptq_jax.convert.export import KIND as HF_KIND
 from vptq_jax.convert.export import MAX_SHARD_BYTES, ExportPlan, export, plan_hf, plan_vptq
-from vptq_jax.convert.gguf import open_gguf
+from vptq_jax.convert.gguf import open_gguf, tokenizer_of
 from vptq_jax.convert.hf import open_hf
 from vptq_jax.convert.inspect import facts
 from vptq_jax.convert.loading import Kind, load, recognize
 from vptq_jax.convert.source import check_dtype
-from vptq_jax.convert.tokenizer import gguf_tokenizer, load_tokenizer
+from vptq_jax.convert.tokenizer import load_tokenizer
 from vptq_jax.convert.vptq_format import content_problems, open_vptq
 from vptq_jax.files import check_output
 from vptq_jax.lm.decoder import Decoder
@@ -185,7 +185,7 @@ def _abstract(kind: Kind, path: Path, problems: list[str]) -> Decoder:
         gguf = open_gguf(path)
         model = gguf.abstract()
         problems += gguf.content_problems()
-        _collect(problems, lambda: gguf_tokenizer(gguf.file.metadata))
+        _collect(problems, lambda: tokenizer_of(gguf.file))
     elif kind == "hf":
         plain = open_hf(path)
         model = plain.abstract()

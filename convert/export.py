@@ -19,12 +19,12 @@ import numpy as np
 from jaxtyping import Array
 
 from vptq_jax.array import VQArray
-from vptq_jax.convert.hf import progress_bar
 from vptq_jax.convert.model_card import model_card
 from vptq_jax.convert.safetensors_writer import LazyTensor, write_sharded
 from vptq_jax.convert.source import check_dtype
 from vptq_jax.convert.tokenizer import save_tokenizer
 from vptq_jax.convert.vptq_format import SWAPPED, TENSORS, swap_codebooks
+from vptq_jax.extras import progress_bar
 from vptq_jax.files import Kind, new_directory
 from vptq_jax.json_files import TOKENIZER_FILES, read_json
 from vptq_jax.lm.config import ModelConfig
@@ -141,9 +141,9 @@ def export(
     """
     path = Path(path)
     raise_problems("the model cannot be exported", plan.problems)
-    bar = progress_bar(plan.nbytes, progress, "writing")
-    with new_directory(path, kind=KIND, overwrite=overwrite) as temporary, bar as advance:
-        files = write_sharded(temporary, plan.tensors, max_bytes=max_shard_bytes, progress=advance)
+    bar = progress_bar(progress, total=plan.nbytes, unit="B", unit_scale=True, desc="writing")
+    with new_directory(path, kind=KIND, overwrite=overwrite) as temporary, bar as shown:
+        files = write_sharded(temporary, plan.tensors, max_bytes=max_shard_bytes, progress=shown.update)
         _write_json(temporary / "config.json", plan.config)
         _write_json(temporary / "generation_config.json", _generation_config(model))
         if model.tokenizer is not None:

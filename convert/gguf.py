@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from vptq_jax.convert.gguf_reader import GGUFFile
-from vptq_jax.convert.hf import nonfinite_problems, progress_bar
+from vptq_jax.convert.hf import nonfinite_problems
 from vptq_jax.convert.source import HeaderSource, StoredSource, check_dtype
-from vptq_jax.convert.tokenizer import gguf_tokenizer
+from vptq_jax.extras import need, progress_bar
 from vptq_jax.lm.config import ModelConfig, RopeConfig
 from vptq_jax.lm.decoder import Decoder
 from vptq_jax.lm.registry import Requirements, build
@@ -45,6 +45,14 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _MAX_HEAD_DIM = 1 << 16
 
 
+def tokenizer_of(file: GGUFFile) -> Any | None:
+    """The tokenizer of a GGUF file, see `gguf_tokenizer.gguf_tokenizer`."""
+    need("tokenizers", f"the tokenizer in {file.path}")
+    from vptq_jax.convert.gguf_tokenizer import gguf_tokenizer
+
+    return gguf_tokenizer(file.metadata)
+
+
 def load_gguf(path: str | Path, *, dtype: Any = None, progress: bool = False) -> Decoder:
     """A GGUF file as a model, tensor by tensor, with its tokenizer.
 
@@ -61,10 +69,10 @@ def load_gguf(path: str | Path, *, dtype: Any = None, progress: bool = False) ->
     """
     target = check_dtype(dtype) or np.dtype(np.float32)
     stored = open_gguf(path)
-    tokenizer = gguf_tokenizer(stored.file.metadata)
+    tokenizer = tokenizer_of(stored.file)
     total = sum(math.prod(shape) for shape in Requirements(stored.config).shapes.values()) * target.itemsize
-    with progress_bar(total, progress) as advance:
-        source = StoredSource(lambda name: stored.read(name, target), advance)
+    with progress_bar(progress, total=total, unit="B", unit_scale=True, desc="reading") as bar:
+        source = StoredSource(lambda name: stored.read(name, target), bar.update)
         model = build(dataclasses.replace(stored.config, dtype=target.name), source)
     model.tokenizer = tokenizer
     return model
@@ -77,7 +85,7 @@ def stream_gguf(path: str | Path, *, dtype: Any = None) -> StreamedModel:
     return StreamedModel(
         dataclasses.replace(stored.config, dtype=target.name),
         StoredSource(lambda name: stored.read(name, target)),
-        gguf_tokenizer(stored.file.metadata),
+        tokenizer_of(stored.file),
     )
 
 

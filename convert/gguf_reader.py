@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vptq_jax.convert.safetensors_reader import aligned_empty
+from vptq_jax.extras import need
 from vptq_jax.schema import is_integer, short
 
 _MAGIC = b"GGUF"
@@ -59,6 +60,7 @@ class GGUFFile:
     """
 
     def __init__(self, path: str | Path):
+        need("gguf", "reading GGUF files")
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path} does not exist")

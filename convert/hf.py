@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from vptq_jax.convert.safetensors_reader import SafetensorsFiles, find_nonfinite
 from vptq_jax.convert.source import FLOATS, HeaderSource, StoredSource, check_dtype
 from vptq_jax.convert.tokenizer import load_tokenizer
+from vptq_jax.extras import progress_bar
 from vptq_jax.json_files import read_json, resolve_directory
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.decoder import Decoder
@@ -79,8 +79,8 @@ def load_hf(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False
     """
     target = check_dtype(dtype)
     stored = open_hf(path_or_id)
-    with progress_bar(stored.files.nbytes, progress) as advance:
-        source = StoredSource(lambda name: stored.files.read(name, target), advance)
+    with progress_bar(progress, total=stored.files.nbytes, unit="B", unit_scale=True, desc="reading") as bar:
+        source = StoredSource(lambda name: stored.files.read(name, target), bar.update)
         model = build(stored.config, source)
     return finish(model, stored.directory)
 
@@ -170,15 +170,3 @@ def nonfinite_problems(name: str, array: np.ndarray) -> Iterator[str]:
     position = find_nonfinite(array)
     if position is not None:
         yield f"{name} holds {array.reshape(-1)[position]} at entry {position}; expected finite numbers"
-
-
-@contextlib.contextmanager
-def progress_bar(total_bytes: int, show: bool, what: str = "reading") -> Iterator[Callable[[int], Any] | None]:
-    """A bar over bytes; yields the function that advances it, or None."""
-    if not show:
-        yield None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what) as bar:
-        yield bar.update

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vptq_jax.convert.gguf import load_gguf
 from vptq_jax.convert.gguf_reader import TYPES, GGUFFile
-from vptq_jax.convert.tokenizer import gguf_tokenizer
+from vptq_jax.convert.gguf_tokenizer import gguf_tokenizer
 
 Q = gguf.GGMLQuantizationType
 TINY = {

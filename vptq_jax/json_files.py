@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vptq_jax.extras import need
 from vptq_jax.schema import short
 
 MAX_JSON_BYTES = 64 << 20
@@ -39,6 +40,7 @@ def resolve_directory(path_or_id: str | Path) -> Path:
     text = str(path_or_id)
     if not _looks_like_hub_id(text):
         raise FileNotFoundError(f"{text!r} does not exist, and is not a hub id of the form 'organization/name'")
+    need("huggingface_hub", f"fetching {text} from the Hugging Face hub")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vptq_jax.extras import need
 from vptq_jax.schema import short
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -55,6 +56,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
     """A template's text, or ValueError as `conversation_text` raises it."""
+    need("jinja2", "a chat template")
     try:
         request = json.dumps({"template": template, "variables": dict(variables)})
     except (TypeError, ValueError, RecursionError) as error:

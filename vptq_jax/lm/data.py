@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from vptq_jax.extras import need
+
 Part = Literal["calibration", "evaluation"]
 
 NAMED_TEXTS = ("builtin", "wikitext2", "c4")
@@ -109,6 +111,7 @@ def _c4(part: Part) -> str:
 
 
 def _dataset(name: str, *args: Any, **options: Any) -> Iterator[dict[str, Any]]:
+    need("datasets", f"text {name!r}")
     from datasets import load_dataset
 
     try:

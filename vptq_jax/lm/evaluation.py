@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from tqdm.auto import tqdm
 
+from vptq_jax.extras import progress_bar
 from vptq_jax.lm import data
 from vptq_jax.lm.decoder import Decoder, check_tokens
 
@@ -72,7 +72,7 @@ def perplexity(
 
     start = time.perf_counter()
     losses: list[float] = []
-    with tqdm(total=len(windows), desc="Perplexity", unit="window", disable=not progress) as bar:
+    with progress_bar(progress, total=len(windows), desc="Perplexity", unit="window") as bar:
         for batch in batches:
             losses += _window_losses(model, batch).tolist()
             if not np.isfinite(losses).all():

@@ -16,8 +16,8 @@ import numpy as np
 import safetensors
 from jaxtyping import Float
 from safetensors.numpy import save_file
-from tqdm.auto import tqdm
 
+from vptq_jax.extras import progress_bar
 from vptq_jax.files import Kind, new_directory
 from vptq_jax.json_files import parse_json
 from vptq_jax.lm.activations import Activations, Tokens, check_batches, hessian_key
@@ -145,7 +145,7 @@ def collect_hessians(
     tokens = 0
     count = len(batches) if isinstance(batches, Sized) else None
     total = None if count is None else count * len(shell.layers)
-    with tqdm(total=total, desc="Hessians", unit="block", disable=not progress) as bar:
+    with progress_bar(progress, total=total, desc="Hessians", unit="block") as bar:
         for chunk in _chunks(check_batches(batches, shell.config.vocab_size), chunk_tokens):
             activations = Activations(shell, chunk)
             share = activations.tokens / (tokens + activations.tokens)

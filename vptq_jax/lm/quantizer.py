@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
-from tqdm.auto import tqdm
 
 from vptq_jax.array import VQArray
+from vptq_jax.extras import ProgressBar, progress_bar
 from vptq_jax.lm.activations import Tokens, check_batches, hessian_key
 from vptq_jax.lm.calibration import Calibration, GivenHessians, RunningCalibration
 from vptq_jax.lm.config import ModelConfig
@@ -134,7 +134,7 @@ def _quantize(
         along = GivenHessians(calibration)
     else:
         along = RunningCalibration(shell.model, batches or [], config, _last_block(unfinished, shell.config.num_layers))
-    with tqdm(total=len(specs), desc="Quantizing", unit="layer", disable=not progress) as bar:
+    with progress_bar(progress, total=len(specs), desc="Quantizing", unit="layer") as bar:
         operators = _Operators(config, specs, work, bar)
         for layer in range(shell.config.num_layers):
             name = f"model.layers.{layer}"
@@ -251,7 +251,7 @@ class _Operators:
         config: QuantConfig,
         specs: Mapping[str, VQSpec],
         work: WorkDir | None,
-        bar: tqdm,
+        bar: ProgressBar,
     ):
         self._config, self._specs, self._work, self._bar = config, specs, work, bar
         self.rows: list[dict[str, Any]] = []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from vptq_jax.extras import need
 from vptq_jax.files import write_atomic
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class QuantReport:
 
     def table(self) -> rich.table.Table:
         """A table for `rich.print`: a line per operator, the means below."""
+        need("rich", "a table for the terminal")
         from rich import box
         from rich.table import Table
 
@@ -169,6 +171,7 @@ def peak_memory() -> dict[str, int]:
 def _save_picture(path: Path, draw: Callable[[Any], None]) -> Path:
     import io
 
+    need("matplotlib", "a picture of the report")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
