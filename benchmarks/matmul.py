@@ -40,7 +40,7 @@ def tune(spec: str, shape: tuple[int, int], rows: int) -> list[tuple[float, Conf
     """
     x = jax.random.normal(jax.random.key(0), (rows, shape[1]), jnp.bfloat16)
     weights = bench.packed_weights(spec, *shape, jnp.bfloat16, seed=0)
-    blocks = mosaic.device.num_processors()
+    blocks = mosaic.dispatch.num_processors()
     if rows <= MAX_ROWS:
         sweep = itertools.product((1, 2, 4, 8, 16), (1, 2), (1024, 4096))
         configs = [Config(blocks, *values) for values in sweep]

@@ -21,6 +21,7 @@ import importlib.metadata
 import json
 import os
 import threading
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -41,7 +42,8 @@ from vptq_jax.lm.decoder import Decoder
 from vptq_jax.lm.params import AbstractSource
 from vptq_jax.lm.registry import build
 from vptq_jax.lm.report import REPORT_FILES, QuantReport
-from vptq_jax.nn.linear import Linear, VQLinear, unprepare
+from vptq_jax.nn.forms import Rounding, stored
+from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.problems import raise_problems
 from vptq_jax.schema import REQUIRED, Reader, is_integer, short
 from vptq_jax.spec import VQLayout
@@ -68,8 +70,8 @@ def save(
     overwrite: bool = False,
     metadata: Mapping[str, Any] | None = None,
     report: QuantReport | None = None,
-) -> None:
-    """Saves a model with its config, tokenizer and generation config; all of it or nothing.
+) -> Rounding:
+    """Saves a model with its config, tokenizer and generation config; all of it or nothing. The model stays as it is.
 
     Threads may save at the same time; an interrupt (Ctrl-C) is held back until the arrays are written.
 
@@ -80,6 +82,10 @@ def save(
         metadata: anything that JSON can hold, returned by `read_metadata`.
         report: of the quantization; written beside the model, with its pictures.
 
+    Returns:
+        What rounding did to codebooks, scales and offsets that `trainable` had made wide; a warning names those that
+        do not fit their narrow dtype and are saved in the wide one.
+
     Raises:
         FileExistsError: `path` holds something else, or a checkpoint and `overwrite` is False, or files that this
             library did not write.
@@ -88,7 +94,7 @@ def save(
     """
     text = json.dumps(dict(metadata or {}))
     with new_directory(path, kind=KIND, overwrite=overwrite) as temporary:
-        unprepare(model.linears())
+        model, rounding = stored(model)
         arrays = {name: _stored(name, leaf) for name, leaf in _leaves(model)[0].items()}
         _write_arrays(temporary / _ARRAYS, arrays)
         if model.tokenizer is not None:
@@ -97,6 +103,10 @@ def save(
             report.save(temporary)
         manifest = _manifest(model, arrays) | {"metadata": json.loads(text), "files": _checksums(temporary)}
         (temporary / MANIFEST).write_text(json.dumps(manifest | {"crc": _json_crc(manifest)}, indent=1))
+    if rounding.wide:
+        named = short(", ".join(rounding.wide))
+        warnings.warn(f"saved in a wide dtype, since they do not fit their narrow one: {named}", stacklevel=2)
+    return rounding
 
 
 def load(path: str | Path, *, sharding: Shardings | None = None, verify: bool = True) -> Decoder:

@@ -29,7 +29,7 @@ from vptq_jax.files import Kind, new_directory
 from vptq_jax.json_files import TOKENIZER_FILES, read_json
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.decoder import Decoder
-from vptq_jax.nn.linear import Linear, VQLinear, unprepare
+from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.problems import raise_problems
 from vptq_jax.spec import VQLayout
 
@@ -61,12 +61,8 @@ class ExportPlan:
 
 
 def plan_vptq(model: Decoder) -> ExportPlan:
-    """The export of a quantized model to the community's VPTQ format; the model may be abstract.
-
-    Layers in kernel order change back to checkpoint order, in place.
-    """
+    """The export of a quantized model to the community's VPTQ format; the model may be abstract."""
     layers = model.quantized_layers()
-    unprepare(layers)
     swapped = [path for path, layer in layers.items() if _needs_swap(layer.layout)]
     problems = list(_config_problems(model.config))
     if not layers:
@@ -94,15 +90,12 @@ def plan_vptq(model: Decoder) -> ExportPlan:
 def plan_hf(model: Decoder, dtype: Any = None) -> ExportPlan:
     """The export to plain Hugging Face, quantized layers dequantized; the model may be abstract.
 
-    Layers in kernel order change back to checkpoint order, in place.
-
     Args:
         model: plain or quantized.
         dtype: of all parameters; None means the dtype of the model's activations.
     """
     target = check_dtype(dtype) or np.dtype(model.dtype)
     layers = model.quantized_layers()
-    unprepare(layers)
     notes = [f"{len(layers)} quantized layers become dense"] if layers else []
     tensors = dict(_tensors(model, {}, target, ()))
     config = config_json(dataclasses.replace(model.config, dtype=target.name))
@@ -270,7 +263,7 @@ def _weight(layer: Linear | VQLinear, dtype: np.dtype | None) -> LazyTensor:
     if isinstance(layer, Linear):
         return _dense(layer.weight, dtype)
     target = np.dtype(layer.codebook.dtype) if dtype is None else dtype
-    return LazyTensor(layer.shape, target, lambda: np.asarray(_dequantize(layer.weight, target)))
+    return LazyTensor(layer.shape, target, lambda: np.asarray(_dequantize(layer.array, target)))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -285,10 +278,14 @@ _EXCHANGED = {"codebook": "res_codebook", "res_codebook": "codebook"}
 def _quantized(path: str, layer: VQLinear, swapped: bool) -> Iterator[tuple[str, LazyTensor]]:
     for field, name in TENSORS.items():
         source = _EXCHANGED.get(field, field) if swapped else field
-        variable = getattr(layer, source)
-        if variable is None:
-            continue
-        shape, dtype = tuple(variable.shape), np.dtype(_INTEGERS.get(field, variable.dtype))
+        layout = layer.layout
+        if field == "indices":
+            shape, dtype = (layout.num_groups, layout.num_vectors, layout.packed_words), np.dtype(np.int32)
+        else:
+            variable = getattr(layer, source)
+            if variable is None:
+                continue
+            shape, dtype = tuple(variable.shape), np.dtype(_INTEGERS.get(field, variable.dtype))
         if field in ("codebook", "res_codebook"):
             shape = (shape[0], shape[1] * shape[2])
         elif field == "outlier_codebook":
@@ -300,7 +297,9 @@ def _quantized(path: str, layer: VQLinear, swapped: bool) -> Iterator[tuple[str,
 
 
 def _read_field(layer: VQLinear, field: str, shape: tuple[int, ...], swapped: bool) -> np.ndarray:
-    weight = swap_codebooks(layer.weight) if swapped and field == "indices" else layer.weight
+    weight: Any = layer.weight
+    if field == "indices":
+        weight = swap_codebooks(layer.array) if swapped else layer.array
     array = np.asarray(getattr(weight, field))
     if field == "perm":
         array = array.astype(np.uint16)  # the format keeps the bits of a uint16 in an int16

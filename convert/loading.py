@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from vptq_jax.convert.source import check_dtype
 from vptq_jax.lm.decoder import Decoder
 from vptq_jax.lm.streamed import StreamedModel
+from vptq_jax.nn.forms import cast
+from vptq_jax.nn.forms import trainable as make_trainable
+from vptq_jax.nn.inference import inference_form
 
 Kind = Literal["orbax", "hf", "hf-vptq", "gguf"]
 
@@ -46,28 +50,36 @@ def recognize(path_or_id: str | Path) -> tuple[Kind, Path]:
     )
 
 
-def load(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False) -> Decoder:
-    """A model from any kind of checkpoint.
+def load(path_or_id: str | Path, *, dtype: Any = None, trainable: bool = False, progress: bool = False) -> Decoder:
+    """A model from any kind of checkpoint, its quantized layers packed where kernels run.
 
     Args:
         path_or_id: a directory saved by `checkpoint.save`, a Hugging Face directory or hub id (plain
             or VPTQ), or a GGUF file.
-        dtype: dtype of the parameters of a plain checkpoint; None keeps the stored one (GGUF:
-            float32). Codebooks of quantized layers always keep theirs.
+        dtype: dtype of the parameters; None keeps the stored one (GGUF: float32). Codebooks of quantized layers
+            always keep theirs.
+        trainable: leave quantized layers in the form that can be trained, with codebooks in float32
+            (`nn.forms.trainable`).
         progress: show a bar where weights are read one by one.
 
     Raises:
         FileNotFoundError: nothing there, or nothing that is recognised.
         NotImplementedError: a format, architecture or quantization that is not supported.
-        ValueError: a damaged checkpoint, every fault named; or a dtype for a kind that has none to choose.
+        ValueError: a damaged checkpoint, every fault named; or a dtype that no parameter can have.
     """
+    model = _load(path_or_id, dtype, progress)
+    if trainable:
+        return make_trainable(model)
+    return inference_form(model, donate=True)
+
+
+def _load(path_or_id: str | Path, dtype: Any, progress: bool) -> Decoder:
     kind, path = recognize(path_or_id)
     if kind == "orbax":
         from vptq_jax.convert import checkpoint
 
-        if dtype is not None:
-            raise ValueError(f"{path} is a saved vptq_jax model, which keeps its dtypes; leave dtype out")
-        return checkpoint.load(path)
+        model = checkpoint.load(path)
+        return model if dtype is None else cast(model, check_dtype(dtype))
     if kind == "gguf":
         from vptq_jax.convert.gguf import load_gguf
 

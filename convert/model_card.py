@@ -61,7 +61,7 @@ def _facts(model: Decoder, config: Mapping[str, Any], metadata: Mapping[str, Any
         specs = Counter(str(layer.layout) for layer in layers.values())
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
         nominal = sum(layer.layout.nominal_bits * layer.shape[0] * layer.shape[1] for layer in layers.values())
-        stored = 8 * sum(layer.weight.nbytes for layer in layers.values())
+        stored = 8 * sum(layer.array.nbytes for layer in layers.values())
         facts += [
             ("spec", ", ".join(f"{spec} ({count} layers)" for spec, count in specs.most_common())),
             ("bits per weight, indices alone", f"{nominal / weights:.3f}"),

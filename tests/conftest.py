@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from hypothesis import settings
 from tiny_model import write_llama, write_tokenizer
@@ -26,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _has_hopper() -> bool:
     device = jax.devices()[0]
-    return device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 9.0
+    return device.platform == "gpu" and str(getattr(device, "compute_capability", "")).startswith("9.")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,3 +64,21 @@ def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocab_size = write_tokenizer(path)
     write_llama(path, vocab_size)
     return path
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A device that runs kernels, the oracle in their place; collects how many weights each launch had."""
+    from vptq_jax.pallas import dispatch
+    from vptq_jax.pallas.vq_matmul import mosaic, unpack
+
+    counts = []
+
+    def matmul(x, weights, norm=None, out_dtype=None):
+        x = x if norm is None else norm(x)
+        counts.append(len(weights))
+        return tuple(x.astype(jnp.float32) @ unpack(weight).dequantize().T for weight in weights)
+
+    monkeypatch.setattr(mosaic, "matmul", matmul)
+    monkeypatch.setattr(dispatch, "why_no_mosaic", lambda *_: None)
+    return counts

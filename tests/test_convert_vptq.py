@@ -22,6 +22,7 @@ from vptq_jax.convert.export import export, plan_hf, plan_vptq
 from vptq_jax.convert.hf import load_hf
 from vptq_jax.convert.vptq_format import load_vptq, open_vptq
 from vptq_jax.lm.config import ModelConfig, RopeConfig
+from vptq_jax.nn.forms import pack
 from vptq_jax.nn.linear import VQLinear
 from vptq_jax.spec import VQSpec
 
@@ -334,11 +335,10 @@ def test_the_original_software_computes_our_logits(tmp_path, specs):
 
 @pytest.mark.parametrize("plan", [plan_vptq, plan_hf])
 def test_layers_in_kernel_order_are_exported_like_any_other(plan):
-    model, prepared = (random_model(CONFIG, ("v8-k16-8",), jnp.bfloat16) for _ in range(2))
-    for layer in prepared.linears().values():
-        layer.prepare(dtype=jnp.bfloat16)
-        assert layer.order is not None
-    expected, found = plan(model), plan(prepared)
+    model = random_model(CONFIG, ("v8-k16-8",), jnp.bfloat16)
+    packed = pack(model, target="sm_90")
+    assert all(layer.order is not None for layer in packed.linears().values())
+    expected, found = plan(model), plan(packed)
     assert expected.config == found.config
     assert expected.tensors.keys() == found.tensors.keys()
     for name, tensor in expected.tensors.items():

@@ -21,8 +21,9 @@ def test_saved_models_and_hugging_face_directories(tiny_hf, tmp_path):
     for path in (tiny_hf, tmp_path / "m"):
         np.testing.assert_array_equal(np.asarray(load(path)(tokens)), expected)
     assert load(tiny_hf, dtype="bfloat16").dtype == "bfloat16"
-    with pytest.raises(ValueError, match="leave dtype out"):
-        load(tmp_path / "m", dtype="bfloat16")
+    assert load(tmp_path / "m", dtype="bfloat16").dtype == "bfloat16"
+    with pytest.raises(ValueError, match="dtype is int8; expected one of float32, float16, bfloat16"):
+        load(tmp_path / "m", dtype="int8")
 
 
 def test_gguf_files_and_directories(smollm2_gguf, tmp_path):

@@ -1,4 +1,4 @@
-"""`VQLinear` in kernel order, with the reference in the kernel's place so that the tests run anywhere."""
+"""Packed layers of a decoder, with the reference in the kernel's place so that the tests run anywhere."""
 
 import dataclasses
 
@@ -9,32 +9,19 @@ import pytest
 from flax import nnx
 from pallas_cases import random_weight, relative_error
 
+import vptq_jax as vq
 from vptq_jax.convert import checkpoint
+from vptq_jax.convert.export import plan_hf, plan_vptq
 from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.generation import matmul_implementation
 from vptq_jax.lm.params import RandomSource
 from vptq_jax.lm.registry import build
-from vptq_jax.nn import linear
-from vptq_jax.nn.linear import Linear, VQLinear, project
-from vptq_jax.pallas.vq_matmul import api, mosaic, restore
+from vptq_jax.nn.forms import cast
+from vptq_jax.nn.linear import Linear, VQLinear, VQParam, project
 
 CONFIG = ModelConfig(
     "llama", vocab_size=40, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8
 )
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """A device that runs kernels; collects how many weights each launch had."""
-    counts = []
-
-    def matmul(x, weights, norm=None, out_dtype=None):
-        x = x if norm is None else norm(x)
-        counts.append(len(weights))
-        return tuple(x.astype(jnp.float32) @ restore(weight).dequantize().T for weight in weights)
-
-    monkeypatch.setattr(mosaic, "matmul", matmul)
-    monkeypatch.setattr(api.device, "why_no_mosaic", lambda: None)
-    return counts
 
 
 @pytest.fixture
@@ -46,7 +33,7 @@ def model():
 
 
 def _weights(model):
-    return {path: jax.tree.leaves(layer.weight) for path, layer in model.linears().items()}
+    return {path: jax.tree.leaves(layer.array) for path, layer in model.linears().items()}
 
 
 def _assert_same(first, second):
@@ -55,47 +42,53 @@ def _assert_same(first, second):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path)
 
 
-def test_prepared_layers_lose_nothing_and_share_launches(model, launches):
+def test_packed_layers_lose_nothing_and_share_launches(model, launches):
     before, tokens = _weights(model), jnp.arange(6)[None]
-    assert linear.prepare(model.linears(), model.dtype) == 7
-    assert linear.prepare(model.linears(), model.dtype) == 7
+    packed = vq.pack(model)
+    assert [layer.order is not None for layer in packed.linears().values()] == [True] * 7
     _assert_same(before, _weights(model))
-    model(tokens)
+    packed(tokens)
     assert sorted(launches) == [1, 1, 2, 3]
-    linear.unprepare(model.linears())
-    _assert_same(before, _weights(model))
+    _assert_same(before, _weights(vq.unpack(packed)))
+    _assert_same(before, _weights(vq.unpack(vq.pack(packed))))
 
 
-def test_prepared_layers_are_frozen(model, launches):
+def test_packed_layers_have_nothing_to_train(model):
     layer = model.layers[0].mlp.up_proj
-    assert len(jax.tree.leaves(nnx.state(layer, nnx.Param))) == 4
-    layer.prepare()
-    assert not jax.tree.leaves(nnx.state(layer, nnx.Param))
+    assert len(jax.tree.leaves(nnx.state(layer, VQParam))) == 4
+    packed = vq.pack(model, target="sm_90").layers[0].mlp.up_proj
+    assert not jax.tree.leaves(nnx.state(packed, nnx.Param))
+    assert len(jax.tree.leaves(nnx.state(layer, VQParam))) == 4
 
 
-def test_a_prepared_model_is_saved_in_checkpoint_order(model, launches, tmp_path):
+def test_a_packed_model_is_saved_and_exported_as_it_was(model, launches, tmp_path):
     before = _weights(model)
-    linear.prepare(model.linears(), model.dtype)
-    checkpoint.save(model, tmp_path / "saved")
+    packed = vq.pack(model)
+    checkpoint.save(packed, tmp_path / "saved")
     _assert_same(before, _weights(checkpoint.load(tmp_path / "saved")))
+    for plan in (plan_vptq, plan_hf):
+        tensors, expected = plan(packed).tensors, plan(model).tensors
+        assert tensors.keys() == expected.keys()
+        for name, tensor in tensors.items():
+            np.testing.assert_array_equal(tensor.read(), expected[name].read(), err_msg=name)
+    assert all(layer.order is not None for layer in packed.linears().values())
 
 
-def test_other_activations_stay_in_checkpoint_order(model, launches):
-    assert linear.prepare(model.linears(), jnp.float32) == 0
-    assert all(layer.order is None for layer in model.linears().values())
+def test_float32_activations_go_through_kernels_of_bfloat16(model, launches):
+    wide = cast(model, jnp.float32)
+    packed = vq.pack(wide)
+    assert packed.layers[0].mlp.up_proj.weight.dtype == jnp.bfloat16
+    logits = packed(jnp.arange(6)[None])
+    assert launches
+    np.testing.assert_allclose(logits, wide(jnp.arange(6)[None]), atol=0.05)
 
 
 def test_mixed_layers_run_one_by_one(launches):
-    layers = [VQLinear(random_weight("v4-k16-8", 32, 32)), Linear(jnp.ones((16, 32), jnp.bfloat16))]
-    layers[0].prepare()
+    packed = vq.pack(random_weight("v4-k16-8", 32, 32))
+    layers = [VQLinear(packed), Linear(jnp.ones((16, 32), jnp.bfloat16))]
     first, second = project(jnp.ones((2, 32), jnp.bfloat16), *layers)
     assert first.shape == (2, 32)
     assert second.shape == (2, 16)
-
-
-def test_kernel_weight_of_an_unprepared_layer():
-    with pytest.raises(ValueError, match=r"call prepare\(\)"):
-        _ = VQLinear(random_weight("v4-k16-8", 32, 32)).kernel_weight
 
 
 @pytest.mark.gpu
@@ -115,5 +108,7 @@ def test_a_step_through_the_kernels_agrees_with_float32(batch):
 
     exact = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, model)
     expected = np.asarray(logits(exact), np.float64)
-    assert linear.prepare(model.linears(), model.dtype) == 14
-    assert relative_error(logits(model), expected) < 2e-2
+    packed = vq.pack(model)
+    assert sum(layer.order is not None for layer in packed.linears().values()) == 14
+    assert matmul_implementation(packed) == "mosaic"
+    assert relative_error(logits(packed), expected) < 2e-2

@@ -9,7 +9,7 @@ from pallas_cases import TOLERANCE, activations, float64_product, lower, poison,
 
 from vptq_jax.pallas import ptx
 from vptq_jax.pallas.launch import launch
-from vptq_jax.pallas.vq_matmul import api, mosaic, overlap, relayout, vq_matmul
+from vptq_jax.pallas.vq_matmul import api, mosaic, overlap, pack, vq_matmul
 from vptq_jax.pallas.vq_matmul import dequantize as decoding
 from vptq_jax.pallas.vq_matmul import kernel as product_kernel
 from vptq_jax.pallas.vq_matmul.dequantize import DecodeConfig
@@ -30,7 +30,7 @@ CASES = [
 
 
 def _plan(spec, out_features, in_features, rows=2048):
-    kernel = jax.eval_shape(relayout, random_weight(spec, out_features, in_features))
+    kernel = jax.eval_shape(pack, random_weight(spec, out_features, in_features))
     return mosaic.make_overlap_plan(kernel, rows)
 
 
@@ -60,7 +60,7 @@ def test_not_supported(spec, out_features, in_features, rows):
 
 
 def _launches(spec, out_features, in_features, rows, config=None):
-    kernel = jax.eval_shape(relayout, random_weight(spec, out_features, in_features))
+    kernel = jax.eval_shape(pack, random_weight(spec, out_features, in_features))
     x = jax.ShapeDtypeStruct((rows, in_features), jnp.bfloat16)
     text = lower(lambda x, w: mosaic.matmul(x, [w], config)[0], x, kernel)
     return "overlapped" if "dot_general" not in text else "decoded first"
@@ -85,7 +85,7 @@ def test_runs_for_large_weights_and_many_rows_unless_told_otherwise(monkeypatch)
 def test_lowers_inside_loops_and_shard_map(monkeypatch):
     monkeypatch.setattr(overlap, "_MIN_WEIGHTS", 0)
     monkeypatch.setattr(api, "_why_not_mosaic", lambda *_: None)
-    kernel = relayout(random_weight("v8-k256", 128, 128))
+    kernel = pack(random_weight("v8-k256", 128, 128))
     x = activations(1024, 128)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.shard_map(
@@ -132,7 +132,7 @@ def _decoded_by_claims(kernel, blocks, rows):
 @pytest.mark.parametrize(("blocks", "rows"), [(1, 1024), (3, 128)])
 def test_claims_decode_every_slab_once(monkeypatch, spec, out_features, in_features, blocks, rows):
     weight = random_weight(spec, out_features, in_features)
-    kernel = relayout(weight)
+    kernel = pack(weight)
     ptx_simulator.use(monkeypatch, product_kernel, decoding, overlap)
     plan, (dense, counts) = _decoded_by_claims(kernel, blocks, rows)
     np.testing.assert_array_equal(counts[:-1], plan.slabs_per_row_group)
@@ -152,7 +152,7 @@ def test_agrees_with_float64(spec, out_features, in_features, rows, dtype):
     """Fewer tiles than blocks, and several for each; rows that end within a tile."""
     weight = random_weight(spec, out_features, in_features, dtype)
     x = activations(rows, in_features, dtype)
-    kernel = relayout(weight)
+    kernel = pack(weight)
     product = jax.jit(lambda x, w: mosaic.matmul(x, [w], OVERLAP)[0])
     poison()
     found = product(x, kernel)

@@ -1,7 +1,6 @@
 """`vq_matmul`: the kernel order, every implementation against float64, lowering, derivatives, transformations."""
 
 import dataclasses
-import logging
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +26,15 @@ from vptq_jax.pallas.vq_matmul import (
     choose_order,
     layout,
     mosaic,
-    relayout,
-    restore,
-    tuning,
+    pack,
+    unpack,
     vq_matmul,
     vq_matmuls,
 )
 from vptq_jax.pallas.vq_matmul import dequantize as decoding
 from vptq_jax.pallas.vq_matmul import kernel as product_kernel
 from vptq_jax.pallas.vq_matmul.dequantize import DecodeConfig
-from vptq_jax.pallas.vq_matmul.layout import Order
+from vptq_jax.pallas.vq_matmul.packed import Order
 from vptq_jax.pallas.vq_matmul.plan import Config, Plan
 from vptq_jax.spec import VQSpec
 
@@ -98,7 +96,7 @@ def test_words_lose_nothing(bits):
 @pytest.mark.parametrize(("spec", "out_features", "in_features"), [CASES[0], CASES[4], CASES[-1]])
 def test_chosen_order_loses_nothing(spec, out_features, in_features):
     weight = random_weight(spec, out_features, in_features)
-    _assert_same(weight, restore(relayout(weight)))
+    _assert_same(weight, unpack(pack(weight)))
 
 
 @pytest.mark.parametrize(("spec", "bits"), [("v8-k256-256", 16), ("v8-k4096", 12), ("v8-k256", 8), ("v8-k2048", 11)])
@@ -121,9 +119,9 @@ def test_stream_of_a_thread():
 
 def test_relayout_says_why_it_cannot():
     with pytest.raises(NotImplementedError, match="vector length 24"):
-        relayout(random_weight("v24-k16", 48, 32))
+        pack(random_weight("v24-k16", 48, 32))
     with pytest.raises(NotImplementedError, match="float32"):
-        relayout(random_weight("v8-k16", 48, 32, jnp.float32))
+        pack(random_weight("v8-k16", 48, 32), dtype=jnp.float32)
 
 
 # --- the division of the work -------------------------------------------------------------------
@@ -154,7 +152,7 @@ def test_every_row_group_has_slots_for_its_blocks(outs, columns, groups, rows, b
 @pytest.mark.parametrize(("spec", "out_features", "in_features"), CASES)
 @pytest.mark.parametrize("rows", [1, 8, 64])
 def test_shared_memory_fits(spec, out_features, in_features, rows):
-    kernel = jax.eval_shape(relayout, random_weight(spec, out_features, in_features))
+    kernel = jax.eval_shape(pack, random_weight(spec, out_features, in_features))
     for plan in (mosaic.make_plan([kernel], rows), mosaic.make_decode_plan(kernel)):
         assert plan.shared_bytes <= 227 * 1024
         for book in plan.books:
@@ -179,39 +177,20 @@ def test_staging_gives_way():
     assert not staged("v8-k256-256", stage_x=False)
 
 
-def test_missing_or_stale_tuning_runs_the_default(monkeypatch, caplog):
-    layout = VQSpec.parse("v8-k256-256").layout(64, 64)
-    monkeypatch.setattr(tuning.device, "kind", lambda: "NVIDIA Abacus")
-    for table, message in (({}, "was not tuned"), ({"NVIDIA Abacus": {"v8-k256-256": {"gone": 1}}}, "stale")):
-        monkeypatch.setattr(tuning, "TABLE", table)
-        tuning._configuration.cache_clear()
-        tuning._log_default.cache_clear()
-        with caplog.at_level(logging.INFO, logger="vptq_jax"):
-            assert tuning.tuned(layout) == tuning.tuned(layout) == Config(blocks=tuning.device.num_processors())
-        assert len([r for r in caplog.records if message in r.message]) == 1
-    tuning._configuration.cache_clear()
-
-
-def test_tuning_table_is_not_stale():
-    for entries in tuning.TABLE.values():
-        for fields in entries.values():
-            Config(**fields)
-
-
 # --- lowering -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("spec", "out_features", "in_features"), CASES)
 @pytest.mark.parametrize("rows", [1, 64, 100])
 def test_lowers_to_cuda(spec, out_features, in_features, rows):
-    kernel = jax.eval_shape(relayout, random_weight(spec, out_features, in_features))
+    kernel = jax.eval_shape(pack, random_weight(spec, out_features, in_features))
     x = jax.ShapeDtypeStruct((rows, in_features), jnp.bfloat16)
     lower(lambda x, w: mosaic.matmul(x, [w]), x, kernel)
 
 
 def test_alike_weights_share_one_launch():
     order = Order(4, 4)
-    kernels = [relayout(random_weight("v8-k256-256", out, 256, seed=out), order) for out in (128, 64, 64)]
+    kernels = [pack(random_weight("v8-k256-256", out, 256, seed=out), order) for out in (128, 64, 64)]
     text = lower(lambda x, w: api._matmuls(x, w, None, x.dtype), activations(3, 256), kernels)
     assert text.count("mosaic_gpu_v2") == 1 or text.count("custom_call @mosaic_gpu") == 1
 
@@ -230,7 +209,7 @@ def simulator(monkeypatch):
 @pytest.mark.parametrize(("spec", "out_features", "in_features"), [*CASES, *SIMULATED_CASES])
 def test_simulated_kernel_agrees_with_float64(simulator, spec, out_features, in_features):
     weight = random_weight(spec, out_features, in_features)
-    kernel = relayout(weight)
+    kernel = pack(weight)
     for rows in (1, 20, 100):
         x = activations(rows, in_features)
         assert relative_error(mosaic.matmul(x, [kernel])[0], float64_product(x, weight)) <= TOLERANCE[jnp.bfloat16]
@@ -241,14 +220,14 @@ def test_simulated_kernel_agrees_with_float64(simulator, spec, out_features, in_
 def test_simulated_kernel_in_float16(simulator, spec, rows):
     weight = random_weight(spec, 100, 132, jnp.float16)
     x = activations(rows, 132, jnp.float16)
-    found = mosaic.matmul(x, [relayout(weight)])[0]
+    found = mosaic.matmul(x, [pack(weight)])[0]
     assert relative_error(found, float64_product(x, weight)) <= TOLERANCE[jnp.float16]
 
 
 @pytest.mark.parametrize("spec", ["v8-k256-256", "v6-k4096", "v12-k4096-4096"])
 @pytest.mark.parametrize("options", [{"team": 8}, {"team": 16}])
 def test_simulated_decoding_is_independent_of_its_configuration(simulator, spec, options):
-    kernel = relayout(random_weight(spec, 300, 200))
+    kernel = pack(random_weight(spec, 300, 200))
     x = jnp.eye(200, dtype=jnp.bfloat16)
     expected = mosaic.matmul(x, [kernel])[0]
     np.testing.assert_array_equal(expected, mosaic.matmul(x, [kernel], DecodeConfig(blocks=2, **options))[0])
@@ -258,7 +237,7 @@ def test_simulated_decoding_is_independent_of_its_configuration(simulator, spec,
 def test_simulated_kernel_of_several_weights(simulator, blocks):
     """With fewer blocks than shares of the offsets, and with more."""
     weights = [random_weight("v8-k256-256-g2", out, 512, seed=out) for out in (200, 128)]
-    kernels = [relayout(weight, Order(4, 4)) for weight in weights]
+    kernels = [pack(weight, Order(4, 4)) for weight in weights]
     x = activations(2, 512)
     for product, weight in zip(mosaic.matmul(x, kernels, Config(blocks=blocks)), weights, strict=True):
         assert relative_error(product, float64_product(x, weight)) <= TOLERANCE[jnp.bfloat16]
@@ -273,7 +252,7 @@ def test_simulated_kernel_of_several_weights(simulator, blocks):
     ],
 )
 def test_simulated_staging_changes_nothing(simulator, spec, outs, in_features, blocks):
-    kernels = [relayout(random_weight(spec, out, in_features, seed=out), Order(2, 4)) for out in outs]
+    kernels = [pack(random_weight(spec, out, in_features, seed=out), Order(2, 4)) for out in outs]
     assert (kernels[0].columns is None) == ("noperm" in spec)
     for rows in (1, 3):
         x = activations(rows, in_features)
@@ -300,7 +279,7 @@ def test_simulated_staging_changes_nothing(simulator, spec, outs, in_features, b
 )
 def test_simulated_kernel_normalizes(simulator, spec, outs, in_features, rows, in_kernel):
     weights = [random_weight(spec, out, in_features, seed=out) for out in outs]
-    kernels = [relayout(weight, Order(2, 4)) for weight in weights]
+    kernels = [pack(weight, Order(2, 4)) for weight in weights]
     x = 30 * activations(rows, in_features)
     norm = RMS(jnp.asarray(np.random.default_rng(9).normal(1, 0.3, in_features), jnp.bfloat16), 0.5)
     for config in (Config(blocks=1), Config(blocks=3)):
@@ -323,7 +302,7 @@ def test_xla_takes_either_order(spec, out_features, in_features):
     weight = random_weight(spec, out_features, in_features)
     x = activations(3, in_features)
     expected = vq_matmul(x, weight, implementation="xla")
-    np.testing.assert_array_equal(expected, vq_matmul(x, relayout(weight), implementation="xla"))
+    np.testing.assert_array_equal(expected, vq_matmul(x, pack(weight), implementation="xla"))
     assert relative_error(expected, float64_product(x, weight)) < 4e-3
 
 
@@ -368,15 +347,6 @@ def test_mosaic_on_cpu_says_why_not():
         vq_matmul(activations(2, 96), weight, implementation="mosaic")
 
 
-def test_the_choice_is_logged_once(caplog):
-    api._log_choice.cache_clear()
-    weight = random_weight("v8-k16", 40, 96)
-    with caplog.at_level(logging.INFO, logger="vptq_jax"):
-        for _ in range(3):
-            vq_matmul(activations(2, 96), weight)
-    assert len([r for r in caplog.records if "vq_matmul runs as" in r.message]) == 1
-
-
 # --- derivatives and transformations: the kernel replaced by the reference, so that they run anywhere ---
 
 
@@ -387,36 +357,31 @@ def stand_in(monkeypatch):
     def matmul(x, weights, norm=None, out_dtype=None):
         assert x.ndim == 2
         x = x if norm is None else norm(x)
-        return tuple(x.astype(jnp.float32) @ restore(weight).dequantize().T for weight in weights)
+        return tuple(x.astype(jnp.float32) @ unpack(weight).dequantize().T for weight in weights)
 
     monkeypatch.setattr(mosaic, "matmul", matmul)
-    monkeypatch.setattr(api, "_why_not_mosaic", lambda *_: None)
+    monkeypatch.setattr(api, "_why_not_mosaic", lambda *_, **__: None)
 
 
-def test_derivatives_are_those_of_the_reference(stand_in):
-    weight = random_weight("v4-k16-8-g2-o2v2k8", 20, 34)
-    weight = jax.tree.map(lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a, weight)
-    kernel = dataclasses.replace(
-        relayout(jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, weight)),
-        **{name: getattr(weight, name) for name in api._FLOATS},
-    )
-    x = activations(3, 34, jnp.float32)
-    names = api._FLOATS
+def test_a_packed_weight_has_no_gradient(stand_in):
+    kernel = pack(random_weight("v4-k16-8-g2-o2v2k8", 20, 34))
+    x = activations(3, 34)
 
-    def loss(x, floats, base, implementation):
-        weight = dataclasses.replace(base, **dict(zip(names, floats, strict=True)))
-        return jnp.sum(jnp.sin(vq_matmul(x, weight, implementation=implementation)))
+    def loss(x, kernel):
+        return jnp.sum(jnp.sin(vq_matmul(x, kernel).astype(jnp.float32)))
 
-    floats = [getattr(weight, name) for name in names]
-    expected = jax.grad(loss, (0, 1))(x, floats, weight, "xla")
-    found = jax.grad(loss, (0, 1))(x, floats, kernel, None)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    for transform in (lambda f: f, jax.jit):
+        with pytest.raises(TypeError, match=r"packed weight has no gradient.*unpack\(weight\)"):
+            jax.grad(transform(loss), 1, allow_int=True)(x, kernel)
+        with pytest.raises(TypeError, match="packed weight has no gradient"):
+            jax.grad(transform(lambda c: loss(x, dataclasses.replace(kernel, codebook=c))))(kernel.codebook)
+    assert jax.grad(loss)(x, kernel).shape == x.shape
 
 
 def test_derivatives_through_the_norm(stand_in):
     weights = [random_weight("v4-k16-8", out, 34, seed=out) for out in (20, 12)]
     order = choose_order([weight.layout for weight in weights])
-    kernels = [relayout(weight, order) for weight in weights]
+    kernels = [pack(weight, order) for weight in weights]
     x, norm = activations(3, 34, jnp.float32), RMS(activations(1, 34, jnp.float32)[0], 1e-5)
 
     def loss(x, norm, weights, implementation):
@@ -429,7 +394,7 @@ def test_derivatives_through_the_norm(stand_in):
 
 
 def test_vmap_over_x_adds_rows(stand_in):
-    kernel = relayout(random_weight("v8-k16", 40, 96))
+    kernel = pack(random_weight("v8-k16", 40, 96))
     x, norm = activations(12, 96).reshape(3, 4, 96), RMS(activations(1, 96)[0], 1e-5)
     np.testing.assert_array_equal(jax.vmap(lambda x: vq_matmul(x, kernel))(x), vq_matmul(x, kernel))
     np.testing.assert_array_equal(
@@ -438,7 +403,7 @@ def test_vmap_over_x_adds_rows(stand_in):
 
 
 def test_vmap_over_weights(stand_in):
-    kernels = [relayout(random_weight("v8-k16", 40, 96, seed=seed)) for seed in (0, 1)]
+    kernels = [pack(random_weight("v8-k16", 40, 96, seed=seed)) for seed in (0, 1)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *kernels)
     x = activations(4, 96)
     batched = jax.vmap(vq_matmul, in_axes=(None, 0))(x, stacked)
@@ -451,7 +416,7 @@ def test_vmap_over_weights(stand_in):
 
 
 def test_inside_while_loop(stand_in):
-    kernel = relayout(random_weight("v8-k16", 96, 96))
+    kernel = pack(random_weight("v8-k16", 96, 96))
     x = activations(2, 96)
 
     @jax.jit
@@ -469,7 +434,7 @@ def test_inside_while_loop(stand_in):
 @pytest.mark.parametrize("rows", [1, 100])
 def test_lowers_inside_loops_and_shard_map(monkeypatch, rows):
     monkeypatch.setattr(api, "_why_not_mosaic", lambda *_: None)
-    kernel = relayout(random_weight("v8-k256", 96, 96))
+    kernel = pack(random_weight("v8-k256", 96, 96))
     x = activations(rows, 96)
     lower(lambda x, w: jax.lax.fori_loop(0, 3, lambda _, x: vq_matmul(x, w), x), x, kernel)
     lower(lambda x, w: jax.value_and_grad(lambda x: vq_matmul(x, w).sum().astype(jnp.float32))(x), x, kernel)
@@ -492,9 +457,9 @@ def test_kernel_agrees_with_float64(spec, out_features, in_features, rows, dtype
     x = activations(rows, in_features, dtype)
     product = jax.jit(lambda x, w: vq_matmul(x, w, implementation="mosaic"))
     poison()
-    found = product(x, relayout(weight))
+    found = product(x, pack(weight))
     assert relative_error(found, float64_product(x, weight)) <= TOLERANCE[dtype]
-    np.testing.assert_array_equal(found, product(x, relayout(weight)))
+    np.testing.assert_array_equal(found, product(x, pack(weight)))
 
 
 @pytest.mark.gpu
@@ -503,7 +468,7 @@ def test_kernel_of_several_weights(groups):
     weights = [random_weight(f"v8-k256-256-g{groups}", out, 512, seed=out) for out in (384, 128, 200)]
     order = choose_order([weight.layout for weight in weights])
     x = activations(2, 512)
-    products = vq_matmuls(x, [relayout(weight, order) for weight in weights], implementation="mosaic")
+    products = vq_matmuls(x, [pack(weight, order) for weight in weights], implementation="mosaic")
     for product, weight in zip(products, weights, strict=True):
         assert relative_error(product, float64_product(x, weight)) <= 4e-3
 
@@ -517,7 +482,7 @@ def test_kernel_normalizes(spec, rows):
     x, norm = 30 * activations(rows, 520), RMS(1 + 0.3 * activations(1, 520)[0], 0.5)
     products = jax.jit(lambda x, w, norm: vq_matmuls(x, w, norm=norm, implementation="mosaic"))
     poison()
-    kernels = [relayout(weight, order) for weight in weights]
+    kernels = [pack(weight, order) for weight in weights]
     for product, weight in zip(products(x, kernels, norm), weights, strict=True):
         assert relative_error(product, _normalized_product(x, norm, weight)) <= 4e-3
 
@@ -539,7 +504,7 @@ def test_kernel_takes_checkpoint_order_and_differentiates():
 def test_kernel_writes_float32_where_it_is_asked_to(spec, rows):
     weight, x = random_weight(spec, 384, 520), activations(rows, 520)
     product = jax.jit(lambda x, w: vq_matmul(x, w, implementation="mosaic", out_dtype=jnp.float32))
-    found = product(x, relayout(weight))
+    found = product(x, pack(weight))
     assert found.dtype == jnp.float32
     assert float(jnp.mean(found == found.astype(jnp.bfloat16))) < 0.1, "on the grid of bfloat16"
     assert relative_error(found, float64_product(x, weight)) <= TOLERANCE[jnp.bfloat16]

@@ -34,11 +34,19 @@ if TYPE_CHECKING:
     from vptq_jax.lm.quantizer import quantize as quantize
     from vptq_jax.lm.registry import build as build
     from vptq_jax.lm.report import QuantReport as QuantReport
+    from vptq_jax.lm.sampling import Sampling as Sampling
     from vptq_jax.lm.streamed import StreamedModel as StreamedModel
+    from vptq_jax.nn.forms import Rounding as Rounding
+    from vptq_jax.nn.forms import pack as pack
+    from vptq_jax.nn.forms import trainable as trainable
+    from vptq_jax.nn.forms import unpack as unpack
     from vptq_jax.nn.linear import Linear as Linear
     from vptq_jax.nn.linear import VQLinear as VQLinear
+    from vptq_jax.nn.linear import VQParam as VQParam
+    from vptq_jax.pallas.dispatch import KernelFallbackWarning as KernelFallbackWarning
     from vptq_jax.pallas.nearest_centroid.api import nearest_centroid as nearest_centroid
     from vptq_jax.pallas.vq_matmul.api import vq_matmul as matmul  # noqa: F401
+    from vptq_jax.pallas.vq_matmul.packed import Packed as Packed
     from vptq_jax.quantization.search import quantize_weight as quantize_weight
     from vptq_jax.spec import QuantConfig as QuantConfig
     from vptq_jax.spec import VQLayout as VQLayout
@@ -48,15 +56,20 @@ _HOME = {
     "Decoder": "lm.decoder",
     "GenerationResult": "lm.generation",
     "Hessians": "lm.hessians",
+    "KernelFallbackWarning": "pallas.dispatch",
     "Linear": "nn.linear",
     "ModelConfig": "lm.config",
+    "Packed": "pallas.vq_matmul.packed",
     "Perplexity": "lm.evaluation",
     "QuantConfig": "spec",
     "QuantReport": "lm.report",
+    "Rounding": "nn.forms",
+    "Sampling": "lm.sampling",
     "StreamedModel": "lm.streamed",
     "VQArray": "array",
     "VQLayout": "spec",
     "VQLinear": "nn.linear",
+    "VQParam": "nn.linear",
     "VQSpec": "spec",
     "build": "lm.registry",
     "chat_prompt": "lm.generation",
@@ -67,11 +80,14 @@ _HOME = {
     "matmul": "pallas.vq_matmul",
     "nearest_centroid": "pallas",
     "open_streamed": "convert.loading",
+    "pack": "nn.forms",
     "perplexity": "lm.evaluation",
     "quantize": "lm.quantizer",
     "quantize_weight": "quantization.search",
     "save": "convert.checkpoint",
     "stream": "lm.generation",
+    "trainable": "nn.forms",
+    "unpack": "nn.forms",
 }
 """Where each public name lives."""
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from vptq_jax.pallas import device
+from vptq_jax.pallas import dispatch
 from vptq_jax.pallas.decode_attention import kernel, reference
 
 Implementation = Literal["xla", "mosaic"]
@@ -64,7 +64,9 @@ def decode_attention(
 
 
 def _why_not_mosaic(q: Array, keys: Array, values: Array) -> str | None:
-    reason = device.why_no_mosaic() or kernel.unsupported(q.shape[-1], q.shape[1] // keys.shape[1])
+    reason = dispatch.why_no_mosaic(dispatch.devices_of(q, keys, values)) or kernel.unsupported(
+        q.shape[-1], q.shape[1] // keys.shape[1]
+    )
     if reason:
         return reason
     dtypes = {jnp.dtype(array.dtype) for array in (q, keys, values)}

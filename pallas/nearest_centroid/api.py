@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vptq_jax.pallas import device
+from vptq_jax.pallas import dispatch
 from vptq_jax.pallas.nearest_centroid import kernel, reference
 
 Implementation = Literal["xla", "mosaic"]
@@ -48,7 +48,7 @@ def nearest_centroid(
             raise ValueError(f"{name} have dtype {array.dtype}; expected a floating-point dtype")
     if implementation not in (None, "xla", "mosaic"):
         raise NotImplementedError(f"implementation {implementation!r} does not exist; choose None, 'xla' or 'mosaic'")
-    reason = _why_not_mosaic(vectors.shape[0], vectors.shape[1])
+    reason = _why_not_mosaic(vectors)
     if implementation == "mosaic" and reason:
         raise NotImplementedError(f"implementation 'mosaic' cannot run: {reason}")
     if implementation == "xla" or reason:
@@ -92,10 +92,11 @@ def cluster_sums(
     return index, distance, mass, jax.ops.segment_sum(weights[:, None] * difference, index, count)
 
 
-def _why_not_mosaic(count: int, length: int) -> str | None:
+def _why_not_mosaic(vectors: Array) -> str | None:
+    count, length = vectors.shape
     if length > kernel.MAX_VECTOR_LEN:
         return f"vector length {length} is above {kernel.MAX_VECTOR_LEN}"
-    return device.why_no_mosaic() or ("there are no vectors" if count == 0 else None)
+    return dispatch.why_no_mosaic(dispatch.devices_of(vectors)) or ("there are no vectors" if count == 0 else None)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vptq_jax.pallas import device, ptx
+from vptq_jax.pallas import dispatch, ptx
 from vptq_jax.pallas.launch import launch
 from vptq_jax.pallas.ptx import Int as Word
 from vptq_jax.pallas.ptx import Pointer
@@ -88,7 +88,7 @@ class Plan:
 
 def nearest_index(vectors: Float[Array, "n v"], codebook: Float[Array, "k v"]) -> Int[Array, " n"]:
     """Index of the nearest centroid of every vector, n >= 1, v <= 16."""
-    plan = Plan(vectors.shape[0], vectors.shape[1], codebook.shape[0], device.num_processors())
+    plan = Plan(vectors.shape[0], vectors.shape[1], codebook.shape[0], dispatch.num_processors())
     vectors, codebook = vectors.astype(jnp.float32), codebook.astype(jnp.float32)
     rows, columns, half_norms = _operands(plan, vectors, codebook)
     padding = ((0, 0), (0, -plan.length % 4))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
@@ -15,28 +13,26 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vptq_jax.array import VQArray
-from vptq_jax.pallas import device
-from vptq_jax.pallas.vq_matmul import layout, mosaic, reference, xla
-from vptq_jax.pallas.vq_matmul.layout import KernelArray
+from vptq_jax.pallas import dispatch
+from vptq_jax.pallas.vq_matmul import mosaic, packed, reference, xla
 from vptq_jax.pallas.vq_matmul.norm import RMS
+from vptq_jax.pallas.vq_matmul.packed import Packed
 
 Implementation = Literal["reference", "xla", "mosaic"]
-Weight: TypeAlias = VQArray | KernelArray
-
-_logger = logging.getLogger(__name__)
-_FLOATS = ("codebook", "res_codebook", "outlier_codebook", "scale", "offset")
+Weight: TypeAlias = VQArray | Packed
 
 
 def vq_matmul(
     x: Float[Array, "*batch in"], weight: Weight, *, implementation: Implementation | None = None, out_dtype: Any = None
 ) -> Float[Array, "*batch out"]:
-    """`x @ weight.dequantize().T`, differentiable in x, codebooks, scale and offset.
+    """`x @ weight.dequantize().T`, differentiable in x; with a `VQArray` in codebooks, scale and offset too.
 
     Args:
-        x: activations [..., in_features], any float dtype.
-        weight: the quantized weight; a `KernelArray` (see `relayout`) for the GPU kernels.
-        implementation: None picks by device and weight; "xla" runs everywhere; "mosaic" is the kernel for Hopper GPUs
-            (a `VQArray` is laid out anew at each call); "reference" dequantizes and multiplies, to test the others.
+        x: activations [..., in_features], any float dtype. Kernels read float32 as bfloat16.
+        weight: the quantized weight; a `Packed` (see `pack`) for the GPU kernels.
+        implementation: None picks by device and weight, and warns once where a kernel could be expected and does not
+            run; "xla" runs everywhere; "mosaic" is the kernel for Hopper GPUs (a `VQArray` is packed anew at each
+            call); "reference" dequantizes and multiplies, to test the others.
         out_dtype: dtype of the result, such as float32 for logits or before a bias; None takes that of x.
 
     Returns:
@@ -45,6 +41,7 @@ def vq_matmul(
     Raises:
         ValueError: x does not fit the weight, or is not floating point.
         NotImplementedError: the implementation asked for cannot run here; the message says why.
+        TypeError: a gradient with respect to a `Packed` weight is asked for, which has none.
     """
     return vq_matmuls(x, (weight,), implementation=implementation, out_dtype=out_dtype)[0]
 
@@ -72,23 +69,33 @@ def vq_matmuls(
         raise NotImplementedError(f"implementation {implementation!r} does not exist; choose None or one of {names}")
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     rows = math.prod(x.shape[:-1])
-    reasons = [_why_not_mosaic(x, weight, rows) for weight in weights]
+    ahead = implementation == "mosaic" and _all_traced(x, weights)
+    reasons = [_why_not_mosaic(x, weight, rows, ahead) for weight in weights]
     reason = next((reason for reason in reasons if reason), None)
+    in_kernel_order = [weight for weight in weights if isinstance(weight, Packed)]
     if implementation == "mosaic":
         if reason:
             raise NotImplementedError(f"implementation 'mosaic' cannot run: {reason}")
-        prepared = [
-            weight if isinstance(weight, KernelArray) else layout.relayout(weight, dtype=x.dtype) for weight in weights
-        ]
-        return _matmuls(x, prepared, norm, out_dtype)
-    in_kernel_order = [weight for weight in weights if isinstance(weight, KernelArray)]
+        ready = [weight if isinstance(weight, Packed) else packed.pack(weight, dtype=x.dtype) for weight in weights]
+        return _matmuls(x, ready, norm, out_dtype)
     if implementation is None and not reason and len(in_kernel_order) == len(weights):
-        _log_choice("mosaic", "the weight is in kernel order and the device runs the kernels")
         return _matmuls(x, in_kernel_order, norm, out_dtype)
-    if implementation is None:
-        _log_choice("xla", reason or "the weight is in checkpoint order")
+    if implementation is None and rows:
+        if in_kernel_order:
+            dispatch.warn_fallback("vq_matmul of a packed weight", reason or "others beside it are not packed", _UNPACK)
+        elif dispatch.why_no_mosaic(dispatch.devices_of(x, weights)) is None:
+            dispatch.warn_fallback("vq_matmul", reason or "the weight is a VQArray", _PACK)
     product = reference.vq_matmul if implementation == "reference" else xla.vq_matmul
     return _portable(product, x, norm, weights, out_dtype)
+
+
+_PACK = "pack(weight, dtype=jnp.bfloat16) once for the kernel, or choose implementation='xla'"
+_UNPACK = "unpack(weight), which XLA reads faster, or change what the reason names"
+
+
+def _all_traced(*arguments: Any) -> bool:
+    """Whether no array is bound to a device yet, as when a program is lowered for another machine."""
+    return all(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
 
 
 def _check(x: Array, weight: Weight) -> None:
@@ -100,69 +107,70 @@ def _check(x: Array, weight: Weight) -> None:
         raise ValueError(f"x has dtype {x.dtype}; expected a floating-point dtype")
 
 
-def _why_not_mosaic(x: Array, weight: Weight, rows: int) -> str | None:
-    reason = device.why_no_mosaic() or layout.unsupported(weight.layout, x.dtype)
-    if reason:
+def _why_not_mosaic(x: Array, weight: Weight, rows: int, ahead: bool = False) -> str | None:
+    """Why no kernel runs, or None; `ahead`: whatever machine the program is for has the device."""
+    if not (ahead and isinstance(weight, Packed)) and (
+        reason := dispatch.why_no_mosaic(dispatch.devices_of(x, weight))
+    ):
         return reason
-    if isinstance(weight, KernelArray) and x.dtype != weight.dtype:
-        return f"x is {x.dtype} but the weight was laid out for {weight.dtype}"
+    if isinstance(weight, Packed):
+        if x.dtype not in (weight.dtype, jnp.float32) or (x.dtype == jnp.float32 and weight.dtype != jnp.bfloat16):
+            return f"x is {x.dtype} but the weight was packed for {weight.dtype}"
+    elif reason := packed.unsupported(weight.layout, x.dtype):
+        return reason
     return "there are no rows to multiply" if rows == 0 else None
-
-
-@functools.cache
-def _log_choice(implementation: str, reason: str) -> None:
-    _logger.info("vq_matmul runs as %r: %s", implementation, reason)
 
 
 def _portable(
     product: Callable[..., Array], x: Array, norm: RMS | None, weights: Sequence[Weight], out_dtype: np.dtype
 ) -> tuple[Array, ...]:
     x = x if norm is None else norm(x)
-    in_checkpoint_order = (layout.restore(weight) if isinstance(weight, KernelArray) else weight for weight in weights)
+    in_checkpoint_order = (packed.unpack(weight) if isinstance(weight, Packed) else weight for weight in weights)
     return tuple(product(x, weight, out_dtype=out_dtype) for weight in in_checkpoint_order)
 
 
-def _matmuls(x: Array, weights: Sequence[KernelArray], norm: RMS | None, out_dtype: np.dtype) -> tuple[Array, ...]:
-    flat = x.reshape(-1, x.shape[-1])
-    floats = tuple(tuple(getattr(weight, name) for name in _FLOATS) for weight in weights)
+def _matmuls(x: Array, weights: Sequence[Packed], norm: RMS | None, out_dtype: np.dtype) -> tuple[Array, ...]:
+    flat = x.reshape(-1, x.shape[-1]).astype(weights[0].dtype)
     if mosaic.one_launch(weights):
-        products = _differentiable(out_dtype, flat, norm, floats, tuple(weights))
+        products = _differentiable(out_dtype, flat, norm, tuple(weights))
     else:
         flat = flat if norm is None else norm(flat)
-        products = tuple(
-            _differentiable(out_dtype, flat, None, floats[i : i + 1], (weight,))[0] for i, weight in enumerate(weights)
-        )
+        products = tuple(_differentiable(out_dtype, flat, None, (weight,))[0] for weight in weights)
     return tuple(product.reshape(*x.shape[:-1], -1) for product in products)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(
-    out_dtype: np.dtype, x: Array, norm: RMS | None, floats: Any, weights: tuple[KernelArray, ...]
-) -> tuple[Array, ...]:
-    """The kernel's product; `floats` are the parameters among the leaves of `weights`, named for the derivative."""
+def _differentiable(out_dtype: np.dtype, x: Array, norm: RMS | None, weights: tuple[Packed, ...]) -> tuple[Array, ...]:
+    """The kernel's product, with a derivative in x and the norm."""
     return _batchable(out_dtype)(x, norm, weights)
 
 
-def _forward(
-    out_dtype: np.dtype, x: Array, norm: RMS | None, floats: Any, weights: tuple[KernelArray, ...]
-) -> tuple[tuple[Array, ...], Any]:
-    return _batchable(out_dtype)(x, norm, weights), (x, norm, floats, weights)
+def _forward(out_dtype: np.dtype, *primals: Any) -> tuple[tuple[Array, ...], Any]:
+    if any(leaf.perturbed for leaf in jax.tree.leaves(primals[2], is_leaf=_is_primal)):
+        raise TypeError(
+            "a packed weight has no gradient: its tables were made of the codebooks when it was packed; "
+            "unpack(weight) to train codebooks, scale and offset, or take it out of what is differentiated"
+        )
+    x, norm, weights = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=_is_primal)
+    return _batchable(out_dtype)(x, norm, weights), (x, norm, weights)
 
 
-def _backward(out_dtype: np.dtype, residuals: Any, cotangents: tuple[Array, ...]) -> tuple[Array, Any, Any, None]:
-    x, norm, floats, weights = residuals
-
-    def products(x: Array, norm: RMS | None, floats: Any) -> tuple[Array, ...]:
-        replaced = [
-            dataclasses.replace(weight, **dict(zip(_FLOATS, values, strict=True)))
-            for weight, values in zip(weights, floats, strict=True)
-        ]
-        return _portable(xla.vq_matmul, x, norm, replaced, out_dtype)
-
-    return *jax.vjp(products, x, norm, floats)[1](cotangents), None
+def _is_primal(leaf: Any) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
 
 
-_differentiable.defvjp(_forward, _backward)
+def _backward(out_dtype: np.dtype, residuals: Any, cotangents: tuple[Any, ...]) -> tuple[Array, Any, None]:
+    x, norm, weights = residuals
+
+    def products(x: Array, norm: RMS | None) -> tuple[Array, ...]:
+        return _portable(xla.vq_matmul, x, norm, weights, out_dtype)
+
+    zeros = jax.custom_derivatives.SymbolicZero
+    filled = tuple(jnp.zeros(ct.shape, ct.dtype) if isinstance(ct, zeros) else ct for ct in cotangents)
+    return *jax.vjp(products, x, norm)[1](filled), None
+
+
+_differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 @functools.cache
@@ -170,13 +178,11 @@ def _batchable(out_dtype: np.dtype) -> Callable[..., tuple[Array, ...]]:
     """The kernel's product for results of a dtype: rows of a batch become rows of one product."""
 
     @jax.custom_batching.custom_vmap
-    def product(x: Array, norm: RMS | None, weights: tuple[KernelArray, ...]) -> tuple[Array, ...]:
+    def product(x: Array, norm: RMS | None, weights: tuple[Packed, ...]) -> tuple[Array, ...]:
         return tuple(y.astype(out_dtype) for y in mosaic.matmul(x, weights, norm=norm, out_dtype=out_dtype))
 
     @product.def_vmap
-    def batched(
-        size: int, in_batched: Any, x: Array, norm: RMS | None, weights: tuple[KernelArray, ...]
-    ) -> tuple[Any, Any]:
+    def batched(size: int, in_batched: Any, x: Array, norm: RMS | None, weights: tuple[Packed, ...]) -> tuple[Any, Any]:
         x_batched, *others_batched = in_batched
         outputs = (True,) * len(weights)
         if not any(jax.tree.leaves(others_batched)):

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from vptq_jax.pallas import ptx
 from vptq_jax.pallas.launch import launch
 from vptq_jax.pallas.ptx import Int, Pointer
-from vptq_jax.pallas.vq_matmul.layout import load_widths
+from vptq_jax.pallas.vq_matmul.packed import load_widths
 from vptq_jax.pallas.vq_matmul.plan import PIECE_COLUMNS, Book, Plan
 
 

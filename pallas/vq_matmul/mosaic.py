@@ -11,26 +11,24 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vptq_jax.pallas import device
-from vptq_jax.pallas.vq_matmul import layout as kernel_layout
-from vptq_jax.pallas.vq_matmul import overlap
+from vptq_jax.pallas import dispatch
+from vptq_jax.pallas.vq_matmul import overlap, packed
 from vptq_jax.pallas.vq_matmul.dequantize import DecodeConfig, DecodePlan, transposed_weight
 from vptq_jax.pallas.vq_matmul.kernel import Operands, partial_products
-from vptq_jax.pallas.vq_matmul.layout import KernelArray
 from vptq_jax.pallas.vq_matmul.norm import RMS
 from vptq_jax.pallas.vq_matmul.overlap import OverlapPlan
+from vptq_jax.pallas.vq_matmul.packed import Packed
 from vptq_jax.pallas.vq_matmul.plan import MAX_ROWS, MAX_ROWS_SHARED_TAIL, Config, Plan
-from vptq_jax.pallas.vq_matmul.tuning import tuned
 
 _UNROLLED = 32
 _KINDS: dict[Any, Literal["bf16", "f16"]] = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16"}
 
 
-def one_launch(weights: Sequence[KernelArray]) -> bool:
+def one_launch(weights: Sequence[Packed]) -> bool:
     """Whether one launch can run these weights: alike but for their number of outputs."""
     first = weights[0]
 
-    def likeness(weight: KernelArray) -> Any:
+    def likeness(weight: Packed) -> Any:
         return (
             dataclasses.replace(weight.layout, out_features=1),
             weight.order,
@@ -42,7 +40,7 @@ def one_launch(weights: Sequence[KernelArray]) -> bool:
     return all(likeness(weight) == likeness(first) for weight in weights)
 
 
-def make_plan(weights: Sequence[KernelArray], rows: int, config: Config | None = None, norm: RMS | None = None) -> Plan:
+def make_plan(weights: Sequence[Packed], rows: int, config: Config | None = None, norm: RMS | None = None) -> Plan:
     """The division of the work of one launch; it normalizes x itself (`Plan.norm_eps`) where it can."""
     first = weights[0]
     plan = Plan(
@@ -50,7 +48,7 @@ def make_plan(weights: Sequence[KernelArray], rows: int, config: Config | None =
         order=first.order,
         rows=rows,
         kind=_KINDS[jnp.dtype(first.table.dtype)],
-        config=config or tuned(first.layout),
+        config=config or Config(blocks=dispatch.num_processors()),
         # For more rows, and for pairs of columns that no aligned load reads, XLA multiplies the offset.
         offsets=first.centred_offset is not None and rows <= 8 and first.layout.in_features % 2 == 0,
     )
@@ -65,20 +63,20 @@ def make_plan(weights: Sequence[KernelArray], rows: int, config: Config | None =
     return normalizing if normalizing.stage_x and not outside else plan
 
 
-def make_decode_plan(weight: KernelArray, config: DecodeConfig | None = None) -> DecodePlan:
+def make_decode_plan(weight: Packed, config: DecodeConfig | None = None) -> DecodePlan:
     """The division of the work of the launch that decodes a weight."""
     return DecodePlan(
         layouts=(weight.layout,),
         order=weight.order,
         rows=1,
         kind=_KINDS[jnp.dtype(weight.table.dtype)],
-        config=config or DecodeConfig(blocks=device.num_processors()),
+        config=config or DecodeConfig(blocks=dispatch.num_processors()),
     )
 
 
 def matmul(
     x: Float[Array, "m in"],
-    weights: Sequence[KernelArray],
+    weights: Sequence[Packed],
     config: Config | None = None,
     *,
     norm: RMS | None = None,
@@ -96,7 +94,7 @@ def matmul(
 
 
 def _fused(
-    x: Float[Array, "m in"], weights: Sequence[KernelArray], config: Config | None, norm: RMS | None
+    x: Float[Array, "m in"], weights: Sequence[Packed], config: Config | None, norm: RMS | None
 ) -> tuple[Float[Array, "m out"], ...]:
     plan = make_plan(weights, x.shape[0], config, norm)
     if norm is not None and plan.norm_eps is None:
@@ -116,13 +114,13 @@ def _fused(
         elif weight.centred_offset is not None:
             product = product + jnp.sum(x.astype(jnp.float32) * weight.centred_offset, axis=1, keepdims=True)
         if weight.outlier_indices is not None:
-            product = product + kernel_layout.outlier_product(x, weight)
+            product = product + packed.outlier_product(x, weight)
         products.append(product)
         start = stop
     return tuple(products)
 
 
-def _operands(plan: Plan, x: Float[Array, "m in"], weights: Sequence[KernelArray], norm: RMS | None) -> Operands:
+def _operands(plan: Plan, x: Float[Array, "m in"], weights: Sequence[Packed], norm: RMS | None) -> Operands:
     operands = Operands([weight.words for weight in weights], [_tables(weight) for weight in weights])
     if plan.stage_x or plan.offsets:
         operands = operands._replace(x=x)
@@ -136,7 +134,7 @@ def _operands(plan: Plan, x: Float[Array, "m in"], weights: Sequence[KernelArray
     return operands._replace(columns=columns, column_scales=[weight.column_scale for weight in weights])
 
 
-def _tables(weight: KernelArray) -> list[Array]:
+def _tables(weight: Packed) -> list[Array]:
     return [table for table in (weight.table, weight.res_table, weight.tail_table) if table is not None]
 
 
@@ -145,13 +143,13 @@ def _added(terms: Float[Array, "terms *shape"]) -> Float[Array, "*shape"]:
     return functools.reduce(operator.add, list(terms)) if terms.shape[0] <= _UNROLLED else terms.sum(axis=0)
 
 
-def make_overlap_plan(weight: KernelArray, rows: int, config: DecodeConfig | None = None) -> OverlapPlan:
+def make_overlap_plan(weight: Packed, rows: int, config: DecodeConfig | None = None) -> OverlapPlan:
     """The division of the work of the launch that decodes a weight while it multiplies it."""
     plan = make_decode_plan(weight, config)
     return OverlapPlan(**{**vars(plan), "config": dataclasses.replace(plan.config, team=overlap.TEAM)}, x_rows=rows)
 
 
-def decode_operands(weight: KernelArray) -> Operands:
+def decode_operands(weight: Packed) -> Operands:
     """What the launches that decode a weight take."""
     return Operands(
         [weight.words],
@@ -162,7 +160,7 @@ def decode_operands(weight: KernelArray) -> Operands:
     )
 
 
-def _dense_product(x: Float[Array, "m in"], weight: KernelArray, config: Config | None, out_dtype: Any) -> Array:
+def _dense_product(x: Float[Array, "m in"], weight: Packed, config: Config | None, out_dtype: Any) -> Array:
     """The product [m, out] with the weight written out in the dtype of its tables."""
     operands = decode_operands(weight)
     config = config if isinstance(config, DecodeConfig) else None
@@ -174,16 +172,16 @@ def _dense_product(x: Float[Array, "m in"], weight: KernelArray, config: Config 
 
 
 def _decode_once(
-    x: Float[Array, "m in"], weight: KernelArray, operands: Operands, config: DecodeConfig | None, out_dtype: Any
+    x: Float[Array, "m in"], weight: Packed, operands: Operands, config: DecodeConfig | None, out_dtype: Any
 ) -> Array:
     dense = transposed_weight(make_decode_plan(weight, config), operands)
     if weight.outlier_indices is not None:
-        columns, values = kernel_layout.outlier_weight(weight)
+        columns, values = packed.outlier_weight(weight)
         padding = ((0, 0), (0, dense.shape[1] - weight.layout.out_features))
         dense = dense.at[columns].set(jnp.pad(values, padding).astype(dense.dtype), unique_indices=True)
     return jnp.dot(x, dense, preferred_element_type=out_dtype)[:, : weight.layout.out_features]
 
 
-def _column_runs(x: Float[Array, "m in"], weight: KernelArray) -> Float[Array, "blocks m 32"]:
-    columns = kernel_layout.kernel_columns(x, weight)
+def _column_runs(x: Float[Array, "m in"], weight: Packed) -> Float[Array, "blocks m 32"]:
+    columns = packed.kernel_columns(x, weight)
     return columns.reshape(x.shape[0], -1, 32).transpose(1, 0, 2)

@@ -26,7 +26,7 @@ from vptq_jax.pallas import ptx
 from vptq_jax.pallas.ptx import Int, Pointer
 from vptq_jax.pallas.vq_matmul.dequantize import DecodePlan, Decoder
 from vptq_jax.pallas.vq_matmul.kernel import Crew, Emitter, Operands, Slab
-from vptq_jax.pallas.vq_matmul.layout import ROW_BYTES
+from vptq_jax.pallas.vq_matmul.packed import ROW_BYTES
 
 # The tile of a block: rows of x and outputs, and the columns that are fetched at once.
 _ROWS, _OUTPUTS, _DEPTH = 128, 256, 64

@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 from vptq_jax.pallas.ptx import SHARED_MEMORY_BYTES
-from vptq_jax.pallas.vq_matmul.layout import RESERVED_BYTES, ROW_BYTES, Order, UnitGrid, shares_tail
+from vptq_jax.pallas.vq_matmul.packed import RESERVED_BYTES, ROW_BYTES, Order, UnitGrid, shares_tail
 from vptq_jax.spec import VQLayout
 
 MAX_ROWS = 64

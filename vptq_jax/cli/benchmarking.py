@@ -25,9 +25,10 @@ from jaxtyping import Array
 from vptq_jax.array import VQArray, expected_shapes
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.params import DenseSource
-from vptq_jax.nn.linear import Linear, VQLinear, prepare
-from vptq_jax.pallas import device as pallas_device
-from vptq_jax.pallas.vq_matmul import choose_order, relayout, vq_matmul
+from vptq_jax.nn.inference import inference_form
+from vptq_jax.nn.linear import Linear, VQLinear
+from vptq_jax.pallas import dispatch
+from vptq_jax.pallas.vq_matmul import choose_order, pack, vq_matmul
 from vptq_jax.spec import VQLayout, VQSpec
 
 _CACHE_BYTES = 150_000_000  # Weights of one measurement take more, so that none stays in a GPU's L2.
@@ -296,8 +297,7 @@ def random_model(config: ModelConfig, spec: str | None, dtype: Any = jnp.bfloat1
     from vptq_jax.lm.registry import build
 
     model = build(config, _RandomSource(jax.random.key(seed), dtype, spec))
-    prepare(model.linears(), dtype)
-    return model
+    return inference_form(model, donate=True)
 
 
 class _RandomSource(DenseSource):
@@ -343,9 +343,9 @@ def packed_weights(spec: str, out_features: int, in_features: int, dtype: Any, s
     size = int(layout.nominal_bits * out_features * in_features / 8)
     keys = jax.random.split(jax.random.key(seed), _rotation(size))
     weights = [_random_weight(key, layout, jnp.dtype(dtype)) for key in keys]
-    if pallas_device.why_no_mosaic():
+    if dispatch.why_no_mosaic():
         return weights
-    return [relayout(weight, choose_order([layout]), dtype=dtype) for weight in weights]
+    return [pack(weight, choose_order([layout]), dtype=dtype) for weight in weights]
 
 
 def _dense_weights(out_features: int, in_features: int, dtype: Any, seed: int) -> list[Array]:

@@ -149,5 +149,5 @@ def _dense(block: Block) -> Block:
         layer = getattr(owner, name)
         if isinstance(layer, VQLinear):
             bias = None if layer.bias is None else layer.bias[...]
-            setattr(owner, name, Linear(layer.weight.dequantize(dtype), bias))
+            setattr(owner, name, Linear(layer.array.dequantize(dtype), bias))
     return block

@@ -110,6 +110,8 @@ class Decoder(nnx.Module):
         generation_config: what the checkpoint's `generation_config.json` held, or None; no part of the pytree.
     """
 
+    tables = ("embed_tokens",)  # read by rows, see `nn.forms.quantized`
+
     def __init__(self, config: ModelConfig, source: ParamSource):
         vocab, hidden = config.vocab_size, config.hidden_size
         self.config = config
@@ -295,7 +297,7 @@ _rotary = jax.jit(rotary, static_argnums=0)
 
 def _lookup_rows(table: Linear | VQLinear, tokens: Array, *, dtype: Any) -> Array:
     if isinstance(table, VQLinear):
-        return table.weight.take_rows(tokens, dtype)
+        return table.array.take_rows(tokens, dtype)
     return table.weight[...][tokens].astype(dtype)
 
 

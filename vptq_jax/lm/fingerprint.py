@@ -97,7 +97,7 @@ def module_digests(module: nnx.Module, path: str) -> dict[str, str]:
     for parts, part in nnx.iter_modules(module):
         name = ".".join([path, *map(str, parts)])
         if isinstance(part, VQLinear):
-            digests[f"{name}.weight"] = array_digest(part.weight.dequantize())
+            digests[f"{name}.weight"] = array_digest(part.array.dequantize())
             parameters: dict[str, nnx.Variable] = {} if part.bias is None else {"bias": part.bias}
         else:
             parameters = {key: value for key, value in vars(part).items() if isinstance(value, nnx.Variable)}

@@ -23,8 +23,9 @@ from vptq_jax.lm.decoder import Decoder, check_tokens
 from vptq_jax.lm.diagnose import first_nonfinite
 from vptq_jax.lm.sampling import Sampling, SamplingArrays, next_token
 from vptq_jax.lm.tokens import TextStream, encode
-from vptq_jax.nn.linear import Linear, VQLinear, prepare
-from vptq_jax.pallas import device
+from vptq_jax.nn.inference import inference_form
+from vptq_jax.nn.linear import Linear, VQLinear
+from vptq_jax.pallas import dispatch
 from vptq_jax.programs import Programs
 from vptq_jax.schema import is_integer, short
 
@@ -89,8 +90,8 @@ def generate(
     """Continues one prompt, or a batch of prompts of different lengths.
 
     Args:
-        model: any decoder; with a tokenizer for text. On GPUs that run the kernels its quantized layers go into
-            kernel order in place, where codebooks cannot be trained; `nn.linear.unprepare` takes them back.
+        model: any decoder; with a tokenizer for text. Where kernels run, its quantized layers are packed first unless
+            `pack` did so: once, as long as the model and its arrays stay as they are.
         prompts: a text, a list of token ids, or a list of either.
         max_new_tokens: at least 1. Generation also ends where the model's context is full.
         temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; the default is greedy.
@@ -327,7 +328,7 @@ class _Run:
         vocab_size, context = model.config.vocab_size, model.config.context_length
         stop = _stop_ids(model, stop_tokens)
         limit = np.minimum(min(max_new_tokens, context), context - np.array([len(row) for row in ids]))
-        prepare(model.linears(), model.dtype)
+        model = inference_form(model)
         _programs.make_room()
         begin = time.perf_counter()
         width = bucket(max(map(len, ids)))
@@ -412,7 +413,7 @@ class _Run:
 
 def matmul_implementation(model: Decoder) -> str:
     """Which products the decoder's linear layers run: `dense`, `xla`, `mosaic`, or several joined by `+`."""
-    kernels = device.why_no_mosaic() is None
+    kernels = dispatch.why_no_mosaic(dispatch.devices_of(model.norm.weight.get_value())) is None
 
     def name(layer: Linear | VQLinear) -> str:
         if isinstance(layer, Linear):

@@ -1,4 +1,4 @@
-"""The kernel order of a quantized weight: `relayout` from the checkpoint order, `restore` back.
+"""The kernel order of a quantized weight: `pack` from the checkpoint order, `unpack` back.
 
 The kernel multiplies 16x16 blocks of the weight on the tensor cores. Each thread of a warp looks
 up one centroid per block, so a *unit* of the kernel order holds, thread by thread, the entries a
@@ -116,11 +116,11 @@ class UnitGrid:
 
 
 @dataclasses.dataclass(frozen=True)
-class KernelArray:
+class Packed:
     """A weight [out_features, in_features] in kernel order: what `VQArray` holds, ready for the GPU kernels.
 
-    It is made for inference: tables, `column_scale` and `centred_offset` derive from the codebooks,
-    scale and offset at the time of `relayout`.
+    It is frozen: tables, `column_scale` and `centred_offset` derive from the codebooks, scale and offset at the time
+    of `pack`, so that its product has no gradient with respect to them.
 
     Attributes:
         words: packed indices, uint32 [G, row units, column units, words of a unit].
@@ -176,7 +176,7 @@ class KernelArray:
 
 
 _SHARED_FIELDS = ("codebook", "res_codebook", "outlier_indices", "outlier_codebook", "scale", "offset", "perm")
-KERNEL_FIELDS = (
+PACKED_FIELDS = (
     "words",
     "table",
     "res_table",
@@ -187,7 +187,7 @@ KERNEL_FIELDS = (
     *_SHARED_FIELDS,
 )
 
-jax.tree_util.register_dataclass(KernelArray, data_fields=list(KERNEL_FIELDS), meta_fields=["layout", "order"])
+jax.tree_util.register_dataclass(Packed, data_fields=list(PACKED_FIELDS), meta_fields=["layout", "order"])
 
 
 def unsupported(layout: VQLayout, dtype: Any) -> str | None:
@@ -226,64 +226,65 @@ def choose_order(layouts: Sequence[VQLayout]) -> Order:
     return min(fitting, key=lambda order: order.entries)
 
 
-def relayout(weight: VQArray, order: Order | None = None, *, dtype: Any = None) -> KernelArray:
-    """The weight in kernel order; no bit of it is lost, `restore` gives it back.
+def pack(weight: VQArray, order: Order | None = None, *, dtype: Any = None) -> Packed:
+    """The weight in kernel order; no bit of it is lost, `unpack` gives it back. Codebooks are shared, not copied.
 
     Args:
         weight: the weight in checkpoint order.
         order: the unit; by default chosen for this weight alone.
-        dtype: dtype of the activations to come, bfloat16 or float16; by default that of the codebooks.
+        dtype: dtype of the activations to come, bfloat16 or float16; None is bfloat16.
 
     Raises:
         NotImplementedError: the kernels cannot hold this weight (the message says why).
     """
-    dtype = jnp.dtype(dtype or weight.dtype)
+    dtype = jnp.dtype(dtype or jnp.bfloat16)
     reason = unsupported(weight.layout, dtype)
     if reason:
         raise NotImplementedError(f"no kernel order for this weight: {reason}")
-    return _relayout(weight, order or choose_order([weight.layout]), dtype)
+    order = order or choose_order([weight.layout])
+    shared = {field: getattr(weight, field) for field in _SHARED_FIELDS}
+    return Packed(**_derived(weight, order, dtype), **shared, layout=weight.layout, order=order)
 
 
 @functools.partial(jax.jit, static_argnames=("order", "dtype"))
-def _relayout(weight: VQArray, order: Order, dtype: Any) -> KernelArray:
+def _derived(weight: VQArray, order: Order, dtype: Any) -> dict[str, Array | None]:
     grid = UnitGrid(weight.layout, order)
     main, residual = weight.unpack()
     means = None if weight.offset is None else weight.codebook.astype(jnp.float32).mean(axis=(1, 2))
     columns, column_scale = _kernel_columns(weight, grid)
     table, res_table, tail_table = _tables(weight, means, grid.planes, dtype)
-    shared = {field: getattr(weight, field) for field in _SHARED_FIELDS}
-    return KernelArray(
-        words=_pack_units(_to_streams(main, grid), None if residual is None else _to_streams(residual, grid), grid),
-        table=table,
-        res_table=res_table,
-        tail_table=tail_table,
-        columns=columns,
-        column_scale=column_scale,
-        centred_offset=None if means is None else _centred_offset(weight, means),
-        **shared,
-        layout=weight.layout,
-        order=order,
-    )
+    return {
+        "words": _pack_units(_to_streams(main, grid), None if residual is None else _to_streams(residual, grid), grid),
+        "table": table,
+        "res_table": res_table,
+        "tail_table": tail_table,
+        "columns": columns,
+        "column_scale": column_scale,
+        "centred_offset": None if means is None else _centred_offset(weight, means),
+    }
 
 
-@jax.jit
-def restore(kernel: KernelArray) -> VQArray:
-    """Inverse of `relayout`, bit for bit."""
-    grid, layout = kernel.grid, kernel.layout
-    main, residual = _unpack_units(kernel.words, grid)
+def unpack(kernel: Packed) -> VQArray:
+    """Inverse of `pack`, bit for bit."""
+    shared = {field: getattr(kernel, field) for field in _SHARED_FIELDS}
+    return VQArray(indices=_indices(kernel.words, kernel.grid), **shared, layout=kernel.layout)
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def _indices(words: UInt[Array, "G rows columns words"], grid: UnitGrid) -> UInt[Array, "G n words"]:
+    main, residual = _unpack_units(words, grid)
     main = _from_streams(main, grid)
     residual = None if residual is None else _from_streams(residual, grid)
-    indices = pack_indices(main, residual, layout.index_bits, layout.res_index_bits)
-    return VQArray(indices=indices, **{field: getattr(kernel, field) for field in _SHARED_FIELDS}, layout=layout)
+    return pack_indices(main, residual, grid.layout.index_bits, grid.layout.res_index_bits)
 
 
-def kernel_columns(x: Float[Array, "m in"], kernel: KernelArray) -> Float[Array, "m n"]:
+def kernel_columns(x: Float[Array, "m in"], kernel: Packed) -> Float[Array, "m n"]:
     """Activations permuted, scaled and padded as the kernel reads them, in the dtype of the tables."""
     gathered = x if kernel.columns is None else x[:, kernel.columns]
     return (gathered.astype(jnp.float32) * kernel.column_scale).astype(kernel.table.dtype)
 
 
-def _outliers(kernel: KernelArray) -> tuple[Int[Array, " o"], Float[Array, "n o d"]]:
+def _outliers(kernel: Packed) -> tuple[Int[Array, " o"], Float[Array, "n o d"]]:
     """The outlier columns' indices, and their vectors before scale and offset."""
     assert kernel.outlier_indices is not None
     assert kernel.outlier_codebook is not None
@@ -292,7 +293,7 @@ def _outliers(kernel: KernelArray) -> tuple[Int[Array, " o"], Float[Array, "n o 
     return columns, kernel.outlier_codebook[kernel.outlier_indices]
 
 
-def outlier_weight(kernel: KernelArray) -> tuple[Int[Array, " o"], Float[Array, "o out"]]:
+def outlier_weight(kernel: Packed) -> tuple[Int[Array, " o"], Float[Array, "o out"]]:
     """The outlier columns' indices and float32 weights, offset included."""
     layout = kernel.layout
     columns, vectors = _outliers(kernel)
@@ -304,7 +305,7 @@ def outlier_weight(kernel: KernelArray) -> tuple[Int[Array, " o"], Float[Array, 
     return columns, values
 
 
-def outlier_product(x: Float[Array, "m in"], kernel: KernelArray) -> Float[Array, "m out"]:
+def outlier_product(x: Float[Array, "m in"], kernel: Packed) -> Float[Array, "m out"]:
     """The outlier columns' share of the product, float32."""
     layout = kernel.layout
     columns, vectors = _outliers(kernel)

@@ -1,0 +1,67 @@
+"""Which implementation of an op runs: what the devices of its arguments can do, and what is said where they cannot."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import jax
+
+TARGETS = {"sm_90": "9"}
+"""GPUs that kernels are built for: the name of a target, and its compute capability's first number."""
+
+
+class KernelFallbackWarning(UserWarning):
+    """A kernel was to be expected, and something slower runs; said once for each reason."""
+
+
+def devices_of(*arguments: Any) -> tuple[Any, ...]:
+    """The devices on which the arrays among the arguments lie; the default device where they are not bound yet."""
+    found: dict[Any, None] = {}
+    for leaf in jax.tree.leaves(arguments):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            found |= dict.fromkeys(leaf.devices())
+    return tuple(found) or (default_device(),)
+
+
+def default_device() -> Any:
+    """The device on which new arrays land."""
+    chosen: Any = jax.config.values["jax_default_device"]
+    if isinstance(chosen, str):
+        return jax.devices(chosen)[0]
+    return chosen or jax.devices()[0]
+
+
+def target_of(device: Any) -> str | None:
+    """The target of `TARGETS` that a device is, or None."""
+    if device.platform not in ("gpu", "cuda"):
+        return None
+    major = str(getattr(device, "compute_capability", "0.0")).split(".")[0]
+    return next((target for target, number in TARGETS.items() if number == major), None)
+
+
+def why_no_mosaic(devices: tuple[Any, ...] | None = None) -> str | None:
+    """Why the Mosaic GPU kernels cannot run on some devices (by default the default one), or None."""
+    devices = devices or (default_device(),)
+    if len(devices) > 1:
+        return f"the arrays lie on {len(devices)} devices, which XLA divides its own operations among, but no kernel"
+    (device,) = devices
+    if target_of(device) is not None:
+        return None
+    if device.platform not in ("gpu", "cuda"):
+        return f"the device is {device.platform!r}, not an NVIDIA GPU"
+    capability = getattr(device, "compute_capability", "0.0")
+    return f"{device.device_kind} has compute capability {capability}; the kernels are built for 9.0 (Hopper)"
+
+
+@functools.cache
+def warn_fallback(op: str, reason: str, remedy: str) -> None:
+    """Says that a kernel does not run, once for each reason."""
+    warnings.warn(f"{op} runs without its kernel: {reason}; {remedy}", KernelFallbackWarning, stacklevel=4)
+
+
+@functools.cache
+def num_processors() -> int:
+    """Streaming multiprocessors of the default device (an H100's where it is no GPU)."""
+    return int(getattr(default_device(), "core_count", None) or 132)

@@ -1,0 +1,238 @@
+"""The forms of a quantized weight, for one array or for every layer of a module: packed for kernels, or trainable.
+
+Each function returns something new and leaves what it was given as it is. Arrays that both have in common are shared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vptq_jax.array import VQArray
+from vptq_jax.nn.linear import FLOATS, VQLinear
+from vptq_jax.pallas import dispatch
+from vptq_jax.pallas.vq_matmul import Packed, choose_order
+from vptq_jax.pallas.vq_matmul import pack as pack_array
+from vptq_jax.pallas.vq_matmul import unpack as unpack_array
+from vptq_jax.pallas.vq_matmul.packed import unsupported
+
+_SHARED_INPUT = re.compile(r"(?<=\.)([qkv]|gate|up)_proj$")  # what is left of the path names their input
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def pack(weight: Any, *, dtype: Any = None, target: str | None = None, donate: bool = False) -> Any:
+    """Lays quantized weights out for the GPU kernels: frozen, without a gradient; `unpack` gives them back bit for bit.
+
+    Args:
+        weight: a `VQArray`, or a module, whose `VQLinear`s that a kernel can run are packed (layers that read one
+            input in one order, so that they share a launch); others stay as they are.
+        dtype: dtype of the activations, bfloat16 or float16; None is bfloat16, or float16 for a module whose
+            floating-point parameters are. Kernels read float32 activations as bfloat16.
+        target: the GPU to pack for, such as `sm_90`, on any machine; None is the one on which the weight lies.
+        donate: delete the packed indices of what was given, which is of no use afterwards; spares their memory.
+
+    Raises:
+        NotImplementedError: there is no kernel for the target, or for this weight (the message says why).
+        TypeError: neither a `VQArray` nor a module.
+    """
+    if target is not None and target not in dispatch.TARGETS:
+        known = ", ".join(dispatch.TARGETS)
+        raise NotImplementedError(f"target {target!r} has no kernels; expected one of {known}")
+    if isinstance(weight, Packed):
+        return weight
+    if isinstance(weight, VQArray):
+        if target is None and (reason := dispatch.why_no_mosaic(dispatch.devices_of(weight))):
+            raise NotImplementedError(f"no kernel runs here: {reason}; target='sm_90' packs for another machine")
+        return _packed([weight], dtype, donate)[0]
+    _check_module(weight, "a VQArray or a module")
+    if target is None and (reason := dispatch.why_no_mosaic(_devices(weight))):
+        raise NotImplementedError(f"no kernel runs here: {reason}; target='sm_90' packs for another machine")
+    dtype = jnp.dtype(dtype or _activations(weight))
+    groups: dict[Any, list[tuple[str, VQLinear]]] = {}
+    for path, layer in quantized(weight):
+        if layer.order is None and not unsupported(layer.layout, dtype):
+            alike = dataclasses.replace(layer.layout, out_features=1)
+            groups.setdefault((_SHARED_INPUT.sub("", path), alike), []).append((path, layer))
+    found: dict[str, VQLinear] = {}
+    for group in groups.values():
+        arrays = _packed([layer.array for _, layer in group], dtype, donate)
+        found |= {path: _like(layer, array) for (path, layer), array in zip(group, arrays, strict=True)}
+    return replace(weight, found)
+
+
+def unpack(weight: Any, *, donate: bool = False) -> Any:
+    """Inverse of `pack`: a `VQArray` of a `Packed`, or a module whose layers can be trained and stored.
+
+    Args:
+        weight: a `Packed`, or a module.
+        donate: delete the words of what was given, which is of no use afterwards.
+    """
+    if isinstance(weight, Packed):
+        array = unpack_array(weight)
+        if donate:
+            _delete(weight.words, array.indices)
+        return array
+    if isinstance(weight, VQArray):
+        return weight
+    _check_module(weight, "a Packed or a module")
+    layers = {path: layer for path, layer in quantized(weight) if layer.order is not None}
+    return replace(weight, {path: _like(layer, unpack(layer.weight, donate=donate)) for path, layer in layers.items()})
+
+
+def trainable(weight: Any, dtype: Any = jnp.float32) -> Any:
+    """Codebooks, scales and offsets in a dtype that an optimizer can work in, indices as they are.
+
+    float16 holds neither Adam's small numbers nor its updates. A file takes them in the dtype that they had before
+    where they fit in it (`checkpoint.save`).
+
+    Args:
+        weight: a `VQArray` or `Packed`, or a module, whose packed layers are unpacked.
+        dtype: a floating-point dtype.
+
+    Raises:
+        TypeError: neither of them; or the dtype is not floating point.
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype is {dtype}; expected a floating-point dtype")
+    if isinstance(weight, VQArray | Packed):
+        array = unpack(weight)
+        floats = {field: value for field in FLOATS if (value := getattr(array, field)) is not None}
+        return dataclasses.replace(array, **{field: value.astype(dtype) for field, value in floats.items()})
+    _check_module(weight, "a VQArray, a Packed or a module")
+    found = {}
+    for path, layer in _all_quantized(weight):
+        before = {field: str(value.dtype) for field in FLOATS if (value := getattr(layer.array, field)) is not None}
+        found[path] = VQLinear(trainable(layer.array, dtype), _bias(layer), stored=before | dict(layer.stored))
+    return replace(weight, found)
+
+
+def cast(module: Model, dtype: Any) -> Model:
+    """A module with other parameters in a dtype than those of quantized weights, which keep theirs."""
+    graph, *states = nnx.split(module, lambda path, part: type(part) is nnx.Param, ...)
+    dense, rest = states
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(dtype), dense), rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What became of parts that were trained in a wider dtype than a file takes.
+
+    Attributes:
+        error: largest relative error (Frobenius norms) that rounding made in any of them; 0 where nothing was rounded.
+        wide: paths of those that keep their dtype, since they do not fit the narrow one.
+    """
+
+    error: float
+    wide: tuple[str, ...]
+
+
+def stored(module: Model) -> tuple[Model, Rounding]:
+    """The module as a file takes it: unpacked, and what `trainable` made wide in its earlier dtype where it fits.
+
+    A part fits if rounding changes it by less than a thousandth: float16 rounds to 0.03 %, and what overflows or
+    vanishes in it shows.
+    """
+    layers, errors, wide = {}, [0.0], []
+    for path, layer in _all_quantized(module):
+        parts = {}
+        for field, dtype in layer.stored:
+            value = getattr(layer.array, field)
+            narrow = value.astype(dtype)
+            error = float(_relative_error(narrow, value))
+            if error < _FITS:
+                parts[field] = narrow
+                errors.append(error)
+            else:
+                wide.append(f"{path}.{field}")
+        if parts or layer.order is not None:
+            layers[path] = VQLinear(dataclasses.replace(layer.array, **parts), _bias(layer))
+    return replace(module, layers), Rounding(max(errors), tuple(wide))
+
+
+_FITS = 1e-3
+
+
+@jax.jit
+def _relative_error(narrow: jax.Array, wide: jax.Array) -> jax.Array:
+    wide = wide.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide))  # squares of large values must not overflow
+    difference = jnp.where(narrow.astype(jnp.float32) == wide, 0, (narrow.astype(jnp.float32) - wide) / scale)
+    return jnp.linalg.norm(difference.ravel()) / jnp.maximum(jnp.linalg.norm((wide / scale).ravel()), 1e-30)
+
+
+def _all_quantized(module: nnx.Module) -> Iterator[tuple[str, VQLinear]]:
+    for path, part in nnx.iter_modules(module):
+        if isinstance(part, VQLinear):
+            yield ".".join(map(str, path)), part
+
+
+def quantized(module: nnx.Module) -> Iterator[tuple[str, VQLinear]]:
+    """Every quantized layer that multiplies, by path; not what its owner reads by rows and names in `tables`."""
+    parts = {".".join(map(str, path)): part for path, part in nnx.iter_modules(module)}
+    tables = {f"{path}.{name}".lstrip(".") for path, part in parts.items() for name in getattr(part, "tables", ())}
+    for path, part in parts.items():
+        if isinstance(part, VQLinear) and path not in tables:
+            yield path, part
+
+
+def replace(module: Model, layers: dict[str, VQLinear]) -> Model:
+    """A new module with other layers at some paths; it shares all other arrays with the old one."""
+    new = nnx.merge(*nnx.split(module))
+    for path, layer in layers.items():
+        *owners, name = path.split(".")
+        owner: Any = new
+        for part in owners:
+            owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
+        if name.isdigit():
+            owner[int(name)] = layer
+        else:
+            setattr(owner, name, layer)
+    return new
+
+
+def _packed(weights: list[VQArray], dtype: Any, donate: bool) -> list[Packed]:
+    order = choose_order([weight.layout for weight in weights])
+    packed = []
+    for weight in weights:
+        packed.append(pack_array(weight, order, dtype=dtype))
+        if donate:
+            _delete(weight.indices, packed[-1].words)
+    return packed
+
+
+def _delete(old: jax.Array, new: jax.Array) -> None:
+    new.block_until_ready()
+    old.delete()
+
+
+def _like(layer: VQLinear, weight: VQArray | Packed) -> VQLinear:
+    return VQLinear(weight, _bias(layer), stored=dict(layer.stored))
+
+
+def _bias(layer: VQLinear) -> Any:
+    return None if layer.bias is None else layer.bias.get_value()
+
+
+def _activations(module: nnx.Module) -> np.dtype:
+    """float16 for a module whose dense parameters are, else bfloat16."""
+    dense = nnx.state(module, lambda path, part: type(part) is nnx.Param)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(dense) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    return np.dtype(jnp.float16 if dtypes == {np.dtype(jnp.float16)} else jnp.bfloat16)
+
+
+def _devices(module: nnx.Module) -> tuple[Any, ...]:
+    return dispatch.devices_of(nnx.state(module))
+
+
+def _check_module(value: Any, expected: str) -> None:
+    if not isinstance(value, nnx.Module):
+        raise TypeError(f"found a {type(value).__name__}; expected {expected}")
