@@ -112,3 +112,36 @@ def test_a_step_through_the_kernels_agrees_with_float32(batch):
     assert sum(layer.order is not None for layer in packed.linears().values()) == 14
     assert matmul_implementation(packed) == "mosaic"
     assert relative_error(logits(packed), expected) < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 70])
+def test_the_gradient_through_the_kernel_is_that_of_the_oracle(rows):
+    weight = random_weight("v8-k256-256", 264, 200)
+    packed = vq.pack(weight)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((rows, 200)), jnp.bfloat16)
+
+    def loss(x, weight, implementation):
+        return jnp.sum(jnp.sin(vq.matmul(x, weight, implementation=implementation, out_dtype=jnp.float32)))
+
+    found = jax.jit(jax.grad(lambda x: loss(x, packed, "mosaic")))(x)
+    expected = jax.grad(lambda x: loss(x, weight, "reference"))(x.astype(jnp.float32))
+    assert relative_error(found, np.asarray(expected, np.float64)) < 2e-2
+
+
+@pytest.mark.gpu
+def test_sampling_through_kernels_leaves_a_model_to_train(tmp_path):
+    config = dataclasses.replace(CONFIG, hidden_size=256, intermediate_size=512, head_dim=64)
+    model = build(config, RandomSource(jax.random.key(0), jnp.float32))
+    for seed, (path, layer) in enumerate(model.linears().items()):
+        model.set_linear(path, VQLinear(random_weight("v8-k256", *layer.shape, seed=seed)))
+    student = vq.trainable(model)
+    before = jax.tree.leaves(nnx.state(student, VQParam))
+    result = vq.generate(student, [1, 2, 3], max_new_tokens=4, return_result=True)
+    assert "mosaic" in result.implementation
+    assert all(a is b for a, b in zip(before, jax.tree.leaves(nnx.state(student, VQParam)), strict=True))
+    tokens = jnp.arange(24).reshape(2, 12)
+    gradient = nnx.jit(nnx.grad(lambda m: jnp.mean(m(tokens) ** 2), argnums=nnx.DiffState(0, VQParam)))(student)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
+    vq.save(student, tmp_path / "m")
+    assert "mosaic" in vq.generate(vq.load(tmp_path / "m"), [1, 2], max_new_tokens=2, return_result=True).implementation

@@ -24,9 +24,9 @@ from vptq_jax.pallas.vq_matmul import (
     RMS,
     api,
     choose_order,
-    layout,
     mosaic,
     pack,
+    packed,
     unpack,
     vq_matmul,
     vq_matmuls,
@@ -69,12 +69,12 @@ def _assert_same(first, second):
 )
 def test_streams_lose_nothing(vector_len, out_features, columns, groups, order):
     weight = VQSpec.parse(f"v{vector_len}-k65536-g{groups}").layout(out_features, columns * groups)
-    grid = layout.UnitGrid(weight, order)
+    grid = packed.UnitGrid(weight, order)
     shape = (groups, weight.num_vectors, columns)
     index = np.random.default_rng(columns).integers(0, 1 << 16, shape, np.uint32)
-    streams = layout._to_streams(index, grid)
+    streams = packed._to_streams(index, grid)
     assert streams.shape == (*grid.words_shape[:3], grid.streams, order.entries)
-    np.testing.assert_array_equal(layout._from_streams(streams, grid), index)
+    np.testing.assert_array_equal(packed._from_streams(streams, grid), index)
 
 
 @pytest.mark.parametrize("bits", [(8, 0), (12, 0), (16, 8), (11, 0), (3, 2)])
@@ -82,13 +82,13 @@ def test_words_lose_nothing(bits):
     """Loads of 4, 2 and 1 words, and entries across word borders."""
     residual = f"-{1 << bits[1]}" if bits[1] else ""
     weight = VQSpec.parse(f"v8-k{1 << bits[0]}{residual}").layout(128, 128)
-    grid = layout.UnitGrid(weight, Order(4, 8))
+    grid = packed.UnitGrid(weight, Order(4, 8))
     rng = np.random.default_rng(0)
     shape = (*grid.words_shape[:3], grid.streams, grid.order.entries)
     streams = [rng.integers(0, 1 << b, shape, np.uint32) if b else None for b in bits]
-    words = layout._pack_units(*streams, grid)
+    words = packed._pack_units(*streams, grid)
     assert words.shape == grid.words_shape
-    for found, expected in zip(layout._unpack_units(words, grid), streams, strict=True):
+    for found, expected in zip(packed._unpack_units(words, grid), streams, strict=True):
         assert (found is None) == (expected is None)
         assert expected is None or np.array_equal(found, expected)
 
@@ -102,7 +102,7 @@ def test_chosen_order_loses_nothing(spec, out_features, in_features):
 @pytest.mark.parametrize(("spec", "bits"), [("v8-k256-256", 16), ("v8-k4096", 12), ("v8-k256", 8), ("v8-k2048", 11)])
 def test_kernel_order_moves_exactly_the_index_bits(spec, bits):
     weight = VQSpec.parse(spec).layout(1024, 4096)
-    grid = layout.UnitGrid(weight, choose_order([weight]))
+    grid = packed.UnitGrid(weight, choose_order([weight]))
     assert 32 * np.prod(grid.words_shape) == weight.num_vectors * weight.group_size * bits
 
 
@@ -111,13 +111,13 @@ def test_stream_of_a_thread():
     weight = random_weight("v8-k256-nonorm-noperm", 64, 128)
     order = Order(4, 8)
     main, _ = weight.unpack()
-    streams = layout._to_streams(main, layout.UnitGrid(weight.layout, order))
+    streams = packed._to_streams(main, packed.UnitGrid(weight.layout, order))
     # Block 2 of the unit's rows, its second vector; columns 32 * 1 + 8 * 3 + 4 * 1 + 2 * 1 + 0.
     thread, entry = 2 * 3 + 8 * 1 + 16 * 1, (2 * 1 + 1) * 4 + 2
     assert streams[0, 0, 0, thread, entry] == main[0, 5, 62]
 
 
-def test_relayout_says_why_it_cannot():
+def test_packing_says_why_it_cannot():
     with pytest.raises(NotImplementedError, match="vector length 24"):
         pack(random_weight("v24-k16", 48, 32))
     with pytest.raises(NotImplementedError, match="float32"):
@@ -201,8 +201,7 @@ def test_alike_weights_share_one_launch():
 @pytest.fixture
 def simulator(monkeypatch):
     """Three processors that the kernels run on, on any machine."""
-    monkeypatch.setattr(mosaic.device, "num_processors", lambda: 3)
-    monkeypatch.setattr(mosaic, "tuned", lambda _: Config(blocks=3))
+    monkeypatch.setattr(mosaic.dispatch, "num_processors", lambda: 3)
     ptx_simulator.use(monkeypatch, product_kernel, decoding)
 
 
@@ -382,15 +381,18 @@ def test_derivatives_through_the_norm(stand_in):
     weights = [random_weight("v4-k16-8", out, 34, seed=out) for out in (20, 12)]
     order = choose_order([weight.layout for weight in weights])
     kernels = [pack(weight, order) for weight in weights]
-    x, norm = activations(3, 34, jnp.float32), RMS(activations(1, 34, jnp.float32)[0], 1e-5)
+    x, norm = activations(3, 34), RMS(activations(1, 34)[0], 1e-5)
 
     def loss(x, norm, weights, implementation):
         products = vq_matmuls(x, weights, norm=norm, implementation=implementation)
         return sum(jnp.sum(jnp.sin(product)) for product in products)
 
+    def assert_close(found, expected):
+        assert relative_error(found, np.asarray(expected, np.float64)) < 2e-2
+
     expected = jax.grad(loss, (0, 1))(x, norm, weights, "xla")
     found = jax.grad(loss, (0, 1))(x, norm, kernels, None)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    jax.tree.map(lambda a, b: assert_close(a, b), found, expected)
 
 
 def test_vmap_over_x_adds_rows(stand_in):

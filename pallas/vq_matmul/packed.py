@@ -232,12 +232,13 @@ def pack(weight: VQArray, order: Order | None = None, *, dtype: Any = None) -> P
     Args:
         weight: the weight in checkpoint order.
         order: the unit; by default chosen for this weight alone.
-        dtype: dtype of the activations to come, bfloat16 or float16; None is bfloat16.
+        dtype: dtype of the activations to come, bfloat16 or float16; by default that of the codebooks, bfloat16 for
+            wider ones.
 
     Raises:
         NotImplementedError: the kernels cannot hold this weight (the message says why).
     """
-    dtype = jnp.dtype(dtype or jnp.bfloat16)
+    dtype = jnp.dtype(dtype or (jnp.bfloat16 if weight.dtype == jnp.float32 else weight.dtype))
     reason = unsupported(weight.layout, dtype)
     if reason:
         raise NotImplementedError(f"no kernel order for this weight: {reason}")

@@ -51,7 +51,7 @@ def pack(weight: Any, *, dtype: Any = None, target: str | None = None, donate: b
     if isinstance(weight, VQArray):
         if target is None and (reason := dispatch.why_no_mosaic(dispatch.devices_of(weight))):
             raise NotImplementedError(f"no kernel runs here: {reason}; target='sm_90' packs for another machine")
-        return _packed([weight], dtype, donate)[0]
+        return _packed([weight], dtype or jnp.bfloat16, donate)[0]
     _check_module(weight, "a VQArray or a module")
     if target is None and (reason := dispatch.why_no_mosaic(_devices(weight))):
         raise NotImplementedError(f"no kernel runs here: {reason}; target='sm_90' packs for another machine")
