@@ -3,7 +3,7 @@
     y = sum_c (x * scale)[perm[c]] * Wp[:, c] + sum_q x[q] * offset[q]
 
 so that the offset costs one pass over x instead of one over the weight, columns need no scatter, and on a CPU no more
-than a block of decoded vectors exists at a time.
+than a block of decoded vectors exists at a time: none at all with few rows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt
 
 from vptq_jax.array import VQArray
@@ -21,6 +22,9 @@ from vptq_jax.packing import unpack_indices
 
 _BLOCK = 1 << 19  # weights that a CPU decodes at a time: 2 MB, what a core's cache holds
 _FEW = 4  # rows for which a GPU gathers inside the reduction; with more it decodes first and multiplies
+_FEW_ON_CPU = 8  # rows for which a CPU does so; a row more costs as much as the first one there
+_MOST_USES = 15  # of a constant in a fusion; XLA keeps others outside, where LLVM cannot see what they are
+_CHAINS = 4  # sums that a CPU runs side by side: each addition waits for the one before it in its sum
 
 
 def vq_matmul(x: Float[Array, "*batch in"], weight: VQArray, *, out_dtype: Any = None) -> Float[Array, "*batch out"]:
@@ -47,7 +51,8 @@ def _product(x: Float[Array, "rows in"], weight: VQArray) -> Float[Array, "rows 
     columns = x
     if weight.perm is not None:
         columns, scale = x[:, weight.perm], scale[weight.perm]
-    y = jax.lax.platform_dependent(columns[:, size:], scale[size:], weight, cpu=_by_blocks, default=_at_once)
+    cpu = _by_columns if len(x) <= _FEW_ON_CPU else _by_blocks
+    y = jax.lax.platform_dependent(columns[:, size:], scale[size:], weight, cpu=cpu, default=_at_once)
     if size:
         y = y + _outliers(columns[:, :size] * scale[:size], weight)
     if weight.offset is None:
@@ -73,6 +78,83 @@ def _by_blocks(
 
     y = jax.lax.map(block, words) if count > 1 else block(words[0])[None]
     return y.swapaxes(0, 1).reshape(len(x), count * size * layout.vector_len)[:, : layout.out_features]
+
+
+@jax.custom_jvp
+def _by_columns(
+    x: Float[Array, "rows columns"], scale: Float[Array, " columns"], weight: VQArray
+) -> Float[Array, "rows out"]:
+    """Some columns at a time, each centroid multiplied as it is read: y stays in the cache, no vector is written."""
+    layout, words_of = weight.layout, weight.indices
+    bits = layout.index_bits + layout.res_index_bits
+    length = 4 if layout.vector_len <= 4 else -(-layout.vector_len // 8) * 8  # whole registers
+    books = [(_padded(weight.codebook, length), 0, layout.index_bits)]
+    if weight.res_codebook is not None:
+        books.append((_padded(weight.res_codebook, length), layout.index_bits, layout.res_index_bits))
+    step = _step(bits, length * len(books))
+    steps, rest = divmod(layout.group_size, step)
+    rows = len(x)
+    x = (x * scale).T.reshape(layout.num_groups, layout.group_size, rows)
+
+    def group(g: Any, y: Float[Array, "n rows w"]) -> Float[Array, "n rows w"]:
+        tables = [(jax.lax.dynamic_index_in_dim(book, g, keepdims=False), *place) for book, *place in books]
+
+        def add(first: Any, count: int, y: Float[Array, "n rows w"]) -> Float[Array, "n rows w"]:
+            size = (1, layout.num_vectors, -(-count * bits // 32))
+            words = jax.lax.dynamic_slice(words_of, (g, 0, first // step * (step * bits // 32)), size)[0]
+            factors = jax.lax.dynamic_slice(x, (g, first, 0), (1, count, rows))[0]
+            sums: list[Any] = [0.0] * min(_CHAINS, count)
+            for c in range(count):
+                vectors = sum(
+                    table.at[_field(words, c * bits + start, width)].get(mode="promise_in_bounds")
+                    for table, start, width in tables
+                )
+                sums[c % _CHAINS] += factors[c][:, None] * vectors[:, None]
+            return y + sum(sums[1:], sums[0])
+
+        y = jax.lax.fori_loop(0, steps, lambda i, y: add(i * step, step, y), y) if steps else y
+        return add(steps * step, rest, y) if rest else y
+
+    y = jnp.zeros((layout.num_vectors, rows, length))
+    y = jax.lax.fori_loop(0, layout.num_groups, group, y) if layout.num_groups > 1 else group(0, y)
+    return y[..., : layout.vector_len].swapaxes(0, 1).reshape(rows, -1)[:, : layout.out_features]
+
+
+@_by_columns.defjvp
+def _derivative(primals: Any, tangents: Any) -> Any:
+    """That of the other form, which decodes once for all it needs."""
+    return jax.jvp(_by_blocks, primals, tangents)
+
+
+def _step(bits: int, floats: int) -> int:
+    """Columns of one step, for entries of some bits that read some floats; a step begins and ends with a word.
+
+    LLVM unrolls the loop over a vector's components where its body is short, and then gathers single components over
+    many vectors; a body that reads 112 floats or more stays a loop, whose registers hold components side by side.
+    """
+    period = 32 // math.gcd(bits, 32)
+    step = max(16, 128 // floats, period)
+    return step if step <= _MOST_USES * period else (_MOST_USES - 1) * period
+
+
+def _padded(book: Float[Array, "G k v"], length: int) -> Float[Array, "G k length"]:
+    return jnp.pad(book.astype(jnp.float32), ((0, 0), (0, 0), (0, length - book.shape[-1])))
+
+
+def _field(words: UInt[Array, "n words"], start: int, width: int) -> UInt[Array, " n"]:
+    """Bits `start` ... `start + width - 1` of each row, masked by constants or cast: so LLVM drops the bounds check.
+
+    Masked where they lie, so that a step holds a constant once for each of a period's entries (see `_MOST_USES`).
+    """
+    word, offset = divmod(start, 32)
+    over = offset + width - 32  # bits that lie in the next word
+    value = words[:, word]
+    if over > 0:
+        high = words[:, word + 1] & np.uint32((1 << over) - 1)
+        return value >> np.uint32(offset) | high << np.uint32(32 - offset)
+    if width in (8, 16):
+        return (value >> np.uint32(offset)).astype(f"uint{width}").astype(jnp.uint32)
+    return (value & np.uint32(((1 << width) - 1) << offset)) >> np.uint32(offset)
 
 
 def _at_once(
