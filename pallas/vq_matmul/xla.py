@@ -18,11 +18,11 @@ import numpy as np
 from jaxtyping import Array, Float, UInt
 
 from vptq_jax.array import VQArray
-from vptq_jax.packing import unpack_indices
+from vptq_jax.packing import packed_words, unpack_indices
 
 _BLOCK = 1 << 19  # weights that a CPU decodes at a time: 2 MB, what a core's cache holds
 _FEW = 4  # rows for which a GPU gathers inside the reduction; with more it decodes first and multiplies
-_FEW_ON_CPU = 8  # rows for which a CPU does so; a row more costs as much as the first one there
+_FEW_ON_CPU = 4  # rows that a CPU multiplies one by one; with more it decodes once for all of them
 _MOST_USES = 15  # of a constant in a fusion; XLA keeps others outside, where LLVM cannot see what they are
 _CHAINS = 4  # sums that a CPU runs side by side: each addition waits for the one before it in its sum
 
@@ -85,7 +85,7 @@ def _by_columns(
     x: Float[Array, "rows columns"], scale: Float[Array, " columns"], weight: VQArray
 ) -> Float[Array, "rows out"]:
     """Some columns at a time, each centroid multiplied as it is read: y stays in the cache, no vector is written."""
-    layout, words_of = weight.layout, weight.indices
+    layout = weight.layout
     bits = layout.index_bits + layout.res_index_bits
     length = 4 if layout.vector_len <= 4 else -(-layout.vector_len // 8) * 8  # whole registers
     books = [(_padded(weight.codebook, length), 0, layout.index_bits)]
@@ -93,31 +93,31 @@ def _by_columns(
         books.append((_padded(weight.res_codebook, length), layout.index_bits, layout.res_index_bits))
     step = _step(bits, length * len(books))
     steps, rest = divmod(layout.group_size, step)
-    rows = len(x)
-    x = (x * scale).T.reshape(layout.num_groups, layout.group_size, rows)
 
-    def group(g: Any, y: Float[Array, "n rows w"]) -> Float[Array, "n rows w"]:
-        tables = [(jax.lax.dynamic_index_in_dim(book, g, keepdims=False), *place) for book, *place in books]
+    def row(x: Float[Array, "G gs"]) -> Float[Array, " out"]:
+        def group(g: Any, y: Float[Array, "n w"]) -> Float[Array, "n w"]:
+            tables = [(jax.lax.dynamic_index_in_dim(book, g, keepdims=False), *place) for book, *place in books]
 
-        def add(first: Any, count: int, y: Float[Array, "n rows w"]) -> Float[Array, "n rows w"]:
-            size = (1, layout.num_vectors, -(-count * bits // 32))
-            words = jax.lax.dynamic_slice(words_of, (g, 0, first // step * (step * bits // 32)), size)[0]
-            factors = jax.lax.dynamic_slice(x, (g, first, 0), (1, count, rows))[0]
-            sums: list[Any] = [0.0] * min(_CHAINS, count)
-            for c in range(count):
-                vectors = sum(
-                    table.at[_field(words, c * bits + start, width)].get(mode="promise_in_bounds")
-                    for table, start, width in tables
-                )
-                sums[c % _CHAINS] += factors[c][:, None] * vectors[:, None]
-            return y + sum(sums[1:], sums[0])
+            def add(i: Any, y: Float[Array, "n w"], count: int = step) -> Float[Array, "n w"]:
+                size = (1, layout.num_vectors, packed_words(count, bits))
+                words = jax.lax.dynamic_slice(weight.indices, (g, 0, i * packed_words(step, bits)), size)[0]
+                factors = jax.lax.dynamic_slice(x, (g, i * step), (1, count))[0]
+                sums: list[Any] = [0.0] * min(_CHAINS, count)
+                for c in range(count):
+                    for table, start, width in tables:
+                        vectors = table.at[_field(words, c * bits + start, width)].get(mode="promise_in_bounds")
+                        sums[c % _CHAINS] += factors[c] * vectors
+                return y + sum(sums[1:], sums[0])
 
-        y = jax.lax.fori_loop(0, steps, lambda i, y: add(i * step, step, y), y) if steps else y
-        return add(steps * step, rest, y) if rest else y
+            y = jax.lax.fori_loop(0, steps, add, y) if steps else y
+            return add(steps, y, rest) if rest else y
 
-    y = jnp.zeros((layout.num_vectors, rows, length))
-    y = jax.lax.fori_loop(0, layout.num_groups, group, y) if layout.num_groups > 1 else group(0, y)
-    return y[..., : layout.vector_len].swapaxes(0, 1).reshape(rows, -1)[:, : layout.out_features]
+        y = jnp.zeros((layout.num_vectors, length))
+        y = jax.lax.fori_loop(0, layout.num_groups, group, y) if layout.num_groups > 1 else group(0, y)
+        return y[:, : layout.vector_len].reshape(-1)[: layout.out_features]
+
+    x = (x * scale).reshape(len(x), layout.num_groups, layout.group_size)
+    return jax.lax.map(row, x) if len(x) > 1 else row(x[0])[None]
 
 
 @_by_columns.defjvp
