@@ -22,22 +22,50 @@ def exact(x, weight):
     return np.asarray(x, np.float64) @ np.asarray(weight.dequantize(), np.float64).T
 
 
-@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("rows", [1, 4, 20])
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("form", [xla._by_blocks, xla._at_once], ids=["by blocks", "at once"])
-def test_both_forms_equal_the_oracle(spec, rows, form, monkeypatch):
-    """A CPU takes one of them; the other, for GPUs, runs there too."""
+@pytest.mark.parametrize(
+    "form", [xla._by_blocks, xla._by_columns, xla._at_once], ids=["by blocks", "by columns", "at once"]
+)
+def test_every_form_equals_the_oracle(spec, rows, form, monkeypatch):
+    """A CPU takes one of the first two; the last one, for GPUs, runs there too."""
     weight = random_vqarray(spec, 50, 80, seed=0)
     x = jax.random.normal(jax.random.key(1), (rows, 80))
-
-    def chosen(*operands, cpu, default):
-        return cpu(*operands) if form is xla._by_blocks else default(*operands)
-
-    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, cpu, default: form(*operands))
+    jax.clear_caches()  # jax.checkpoint would run the form of the last test again
     expected = exact(x, weight)
     found = vq_matmul(x, weight, implementation="xla")
     assert found.dtype == x.dtype
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("rows", [1, xla._FEW_ON_CPU + 1])
+@pytest.mark.parametrize("spec", ["v2-k256", "v8-k256-256", "v4-k1024", "v5-k8", "v4-k16-g2", "v4-k16-o10v2k4"])
+def test_columns_that_no_step_divides(spec, rows):
+    for columns in (2, 30, 106):
+        weight = random_vqarray(spec, 37, columns, seed=0)
+        x = jax.random.normal(jax.random.key(1), (rows, columns))
+        expected = exact(x, weight)
+        found = vq_matmul(x, weight, implementation="xla")
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max(), err_msg=str(columns))
+
+
+def test_a_step_ends_with_a_word_and_uses_no_constant_too_often():
+    for bits in range(1, 33):
+        for floats in (4, 8, 16, 32, 64, 128)[bits > 16 :]:  # more than 16 bits are two indices
+            step = xla._step(bits, floats)
+            assert step * bits % 32 == 0
+            assert step * floats >= 112
+            assert step * np.gcd(bits, 32) / 32 <= 15
+
+
+@pytest.mark.parametrize("first", range(0, 32, 5))
+def test_any_field(first):
+    words = np.random.default_rng(0).integers(0, 1 << 32, (5, 3), np.uint32)
+    numbers = [sum(int(word) << 32 * i for i, word in enumerate(row)) for row in words]
+    for width in range(1, 17):
+        found = xla._field(jnp.asarray(words), 32 + first, width)
+        np.testing.assert_array_equal(found, [number >> (32 + first) & ((1 << width) - 1) for number in numbers])
 
 
 @settings(max_examples=8)
@@ -54,27 +82,57 @@ def test_any_shape(v, bits, residual, out, columns, rows):
     )
 
 
-@pytest.mark.parametrize("spec", ["v8-k16-16", "v4-k16-16-g2-o10v2k4", "v5-k8-nonorm"])
-def test_gradients_equal_those_of_the_oracle(spec):
+def product_of_floats(spec, rows, implementation):
+    """The product as a function of x and the floats of a weight, and values for these."""
     weight = jax.tree.map(
         lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
         random_vqarray(spec, 24, 40, seed=0),
     )
     leaves, tree = jax.tree.flatten(weight)
+
+    def product(x, floats):
+        values = iter(floats)
+        filled = [next(values) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf for leaf in leaves]
+        return vq_matmul(x, jax.tree.unflatten(tree, filled), implementation=implementation)
+
     floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    x = jax.random.normal(jax.random.key(1), (5, 40))
+    return product, (jax.random.normal(jax.random.key(1), (rows, 40)), floats)
 
-    def loss(implementation):
-        def of(x, floats):
-            values = iter(floats)
-            filled = [next(values) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf for leaf in leaves]
-            y = vq_matmul(x, jax.tree.unflatten(tree, filled), implementation=implementation)
-            return jnp.sum(jnp.sin(y))
 
-        return jax.jit(jax.grad(of, (0, 1)))(x, floats)
+def assert_trees_close(found, expected):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * float(jnp.abs(other).max()))
 
-    for found, expected in zip(jax.tree.leaves(loss("xla")), jax.tree.leaves(loss("reference")), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected).max()))
+
+DIFFERENTIATED = ["v8-k16-16", "v4-k16-16-g2-o10v2k4", "v5-k8-nonorm"]
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("spec", DIFFERENTIATED)
+def test_gradients_equal_those_of_the_oracle(spec, rows):
+    def gradients(implementation):
+        product, values = product_of_floats(spec, rows, implementation)
+        return jax.jit(jax.grad(lambda *values: jnp.sum(jnp.sin(product(*values))), (0, 1)))(*values)
+
+    assert_trees_close(gradients("xla"), gradients("reference"))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("spec", DIFFERENTIATED)
+def test_forward_derivatives_equal_those_of_the_oracle(spec, rows):
+    def derivatives(implementation):
+        product, values = product_of_floats(spec, rows, implementation)
+        return jax.jit(lambda *values: jax.jvp(product, values, jax.tree.map(jnp.cos, values)))(*values)
+
+    assert_trees_close(derivatives("xla"), derivatives("reference"))
+
+
+def test_derivatives_under_vmap():
+    def hessians(implementation):
+        product, (x, floats) = product_of_floats("v4-k16-16-g2-o10v2k4", 3, implementation)
+        return jax.jit(jax.vmap(jax.hessian(lambda row: jnp.sum(jnp.sin(product(row, floats))))))(x)
+
+    assert_trees_close(hessians("xla"), hessians("reference"))
 
 
 def test_stacked_weights_under_vmap_and_a_loop():
