@@ -50,6 +50,17 @@ def test_columns_that_no_step_divides(spec, rows):
         np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max(), err_msg=str(columns))
 
 
+@pytest.mark.parametrize("out", [576, 603])
+def test_a_small_product_in_parts(out):
+    """Parts of 144 rows of vectors, and of 101, of which one overlaps."""
+    weight = random_vqarray("v2-k256", out, 70, seed=0)
+    assert xla._rows_at_a_time(weight.layout, 32, 4) in (144, 101)
+    x = jax.random.normal(jax.random.key(1), (2, 70))
+    expected = exact(x, weight)
+    found = vq_matmul(x, weight, implementation="xla")
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
 def test_a_step_ends_with_a_word_and_uses_no_constant_too_often():
     for bits in range(1, 33):
         for floats in (4, 8, 16, 32, 64, 128)[bits > 16 :]:  # more than 16 bits are two indices

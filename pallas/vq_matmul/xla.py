@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, UInt
 
 from vptq_jax.array import VQArray
 from vptq_jax.packing import packed_words, unpack_indices
+from vptq_jax.spec import VQLayout
 
 _BLOCK = 1 << 19  # weights that a CPU decodes at a time: 2 MB, what a core's cache holds
 _FEW = 4  # rows for which a GPU gathers inside the reduction; with more it decodes first and multiplies
@@ -94,26 +95,36 @@ def _by_columns(
     step = _step(bits, length * len(books))
     steps, rest = divmod(layout.group_size, step)
 
+    size = _rows_at_a_time(layout, step, length)
+    parts = -(-layout.num_vectors // size)
+
     def row(x: Float[Array, "G gs"]) -> Float[Array, " out"]:
-        def group(g: Any, y: Float[Array, "n w"]) -> Float[Array, "n w"]:
-            tables = [(jax.lax.dynamic_index_in_dim(book, g, keepdims=False), *place) for book, *place in books]
+        def part(first: Any) -> Float[Array, "size w"]:
+            def group(g: Any, y: Float[Array, "size w"]) -> Float[Array, "size w"]:
+                tables = [(jax.lax.dynamic_index_in_dim(book, g, keepdims=False), *place) for book, *place in books]
 
-            def add(i: Any, y: Float[Array, "n w"], count: int = step) -> Float[Array, "n w"]:
-                size = (1, layout.num_vectors, packed_words(count, bits))
-                words = jax.lax.dynamic_slice(weight.indices, (g, 0, i * packed_words(step, bits)), size)[0]
-                factors = jax.lax.dynamic_slice(x, (g, i * step), (1, count))[0]
-                sums: list[Any] = [0.0] * min(_CHAINS, count)
-                for c in range(count):
-                    for table, start, width in tables:
-                        vectors = table.at[_field(words, c * bits + start, width)].get(mode="promise_in_bounds")
-                        sums[c % _CHAINS] += factors[c] * vectors
-                return y + sum(sums[1:], sums[0])
+                def add(i: Any, y: Float[Array, "size w"], count: int = step) -> Float[Array, "size w"]:
+                    start = (g, first, i * packed_words(step, bits))
+                    words = jax.lax.dynamic_slice(weight.indices, start, (1, size, packed_words(count, bits)))[0]
+                    factors = jax.lax.dynamic_slice(x, (g, i * step), (1, count))[0]
+                    sums: list[Any] = [0.0] * min(_CHAINS, count)
+                    for c in range(count):
+                        for table, bit, width in tables:
+                            vectors = table.at[_field(words, c * bits + bit, width)].get(mode="promise_in_bounds")
+                            sums[c % _CHAINS] += factors[c] * vectors
+                    return y + sum(sums[1:], sums[0])
 
-            y = jax.lax.fori_loop(0, steps, add, y) if steps else y
-            return add(steps, y, rest) if rest else y
+                y = jax.lax.fori_loop(0, steps, add, y) if steps else y
+                return add(steps, y, rest) if rest else y
 
-        y = jnp.zeros((layout.num_vectors, length))
-        y = jax.lax.fori_loop(0, layout.num_groups, group, y) if layout.num_groups > 1 else group(0, y)
+            y = jnp.zeros((size, length))
+            return jax.lax.fori_loop(0, layout.num_groups, group, y) if layout.num_groups > 1 else group(0, y)
+
+        def place(i: Any, y: Float[Array, "n w"]) -> Float[Array, "n w"]:
+            first = jnp.minimum(i * size, layout.num_vectors - size)
+            return jax.lax.dynamic_update_slice(y, part(first), (first, 0))
+
+        y = jax.lax.fori_loop(0, parts, place, jnp.zeros((layout.num_vectors, length))) if parts > 1 else part(0)
         return y[:, : layout.vector_len].reshape(-1)[: layout.out_features]
 
     x = (x * scale).reshape(len(x), layout.num_groups, layout.group_size)
@@ -135,6 +146,20 @@ def _step(bits: int, floats: int) -> int:
     period = 32 // math.gcd(bits, 32)
     step = max(16, 128 // floats, period)
     return step if step <= _MOST_USES * period else (_MOST_USES - 1) * period
+
+
+def _rows_at_a_time(layout: VQLayout, step: int, length: int) -> int:
+    """Rows of vectors that a step serves: all, or what one thread does where a step is too small to be shared out.
+
+    XLA divides what it estimates at twice 1e5 cycles or more, at 10 cycles a byte, whatever handing it out takes.
+    """
+    rows, books = layout.num_vectors, 2 if layout.num_res_centroids else 1
+    bits = layout.index_bits + layout.res_index_bits
+    if rows * step * books > 1 << 15:
+        return rows
+    tables = 40 * length * (layout.num_centroids + layout.num_res_centroids)
+    most = (190_000 - tables) // (10 * (step * bits // 8 + 8 * length) + 3 * step * length * books)
+    return -(-rows // -(-rows // most)) if most >= 64 else rows
 
 
 def _padded(book: Float[Array, "G k v"], length: int) -> Float[Array, "G k length"]:
