@@ -134,9 +134,11 @@ def export(
     """
     path = Path(path)
     raise_problems("the model cannot be exported", plan.problems)
-    bar = progress_bar(progress, total=plan.nbytes, unit="B", unit_scale=True, desc="writing")
-    with new_directory(path, kind=KIND, overwrite=overwrite) as temporary, bar as shown:
-        files = write_sharded(temporary, plan.tensors, max_bytes=max_shard_bytes, progress=shown.update)
+    with (
+        new_directory(path, kind=KIND, overwrite=overwrite) as temporary,
+        progress_bar(progress, total=plan.nbytes, unit="B", unit_scale=True, desc="writing") as bar,
+    ):
+        files = write_sharded(temporary, plan.tensors, max_bytes=max_shard_bytes, progress=bar.update)
         _write_json(temporary / "config.json", plan.config)
         _write_json(temporary / "generation_config.json", _generation_config(model))
         if model.tokenizer is not None:

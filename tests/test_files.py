@@ -1,6 +1,7 @@
 """Output directories: made whole, replaced in one step, never at the cost of what somebody else put there."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -287,3 +288,28 @@ def test_directories_that_contain_one_another(tmp_path, monkeypatch, first, seco
     with pytest.raises(ValueError, match=message):
         check_apart(output=first, work_directory=second)
     check_apart(output="a", work_directory="b", Hessians=None)
+
+
+def test_ctrl_c_while_a_temporary_is_made(tmp_path, monkeypatch):
+    make = files._make_temporary
+
+    def interrupted(path):
+        found = make(path)
+        signal.raise_signal(signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(files, "_make_temporary", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.new_directory(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["out", "not/yet/there/out"])
+def test_a_kill_while_a_place_is_tried_leaves_nothing_for_good(tmp_path, monkeypatch, path):
+    path = tmp_path / path
+    with monkeypatch.context() as killed:
+        killed.setattr("pathlib.Path.rmdir", lambda self: None)
+        files.check_writable(path)
+    assert len(list(tmp_path.iterdir())) == 1
+    files.check_output(path)
+    assert not list(tmp_path.iterdir())

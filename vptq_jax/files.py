@@ -140,12 +140,24 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         OSError: it cannot be written.
     """
     path = final_path(path)
-    place = next(parent for parent in path.parents if os.path.lexists(parent))
+    place = _closest(path)
     try:
-        with tempfile.TemporaryDirectory(dir=place, prefix=".vptq-jax-"):
-            pass
+        with held_interrupt():  # a kill in between leaves an empty directory that `sweep` knows
+            temporary = _make_directory(path, place)
+            with contextlib.suppress(FileNotFoundError):
+                temporary.rmdir()
     except OSError as error:
         raise type(error)(error.errno, f"cannot write in {str(place)!r}: {error.strerror}", str(path)) from None
+
+
+def _closest(path: Path) -> Path:
+    """The closest directory above a path that exists."""
+    return next(parent for parent in path.parents if os.path.lexists(parent))
+
+
+def _make_directory(path: Path, place: Path) -> Path:
+    """An empty temporary directory for `path`, under a name that `sweep` knows."""
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=place))
 
 
 def check_apart(**paths: str | os.PathLike[str] | None) -> None:
@@ -209,10 +221,11 @@ def final_path(path: str | os.PathLike[str]) -> Path:
 
 def sweep(path: Path) -> None:
     """Removes temporaries for `path` whose owner is dead, and puts back what one was replacing when it died."""
-    if not path.parent.is_dir():
+    place = _closest(path)
+    if not place.is_dir():
         return
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-z_]{{8}}\.tmp")
-    for entry in list(os.scandir(path.parent)):
+    for entry in list(os.scandir(place)):
         if not pattern.fullmatch(entry.name):
             continue
         if entry.is_file(follow_symlinks=False):
@@ -255,19 +268,20 @@ def _sweep_directory(temporary: Path, path: Path) -> None:
 @contextlib.contextmanager
 def _temporary_for(path: Path) -> Iterator[Path]:
     """A locked directory beside `path`, removed in the end."""
-    with held_interrupt():
-        temporary, lock = _make_temporary(path)
-    with lock:
-        try:
-            yield temporary
-        finally:
-            with held_interrupt():
+    made: list[tuple[Path, IO[str]]] = []
+    try:
+        with held_interrupt():
+            made.append(_make_temporary(path))
+        yield made[0][0]
+    finally:
+        for temporary, lock in made:
+            with held_interrupt(), lock:
                 _clear(temporary, path)
 
 
 def _make_temporary(path: Path) -> tuple[Path, IO[str]]:
     for _ in range(_ATTEMPTS):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary = _make_directory(path, path.parent)
         with contextlib.suppress(FileNotFoundError):  # an empty one may be swept by another process
             lock = locked(temporary / _LOCK)
             if lock is not None:
