@@ -282,7 +282,8 @@ def _quantized(path: str, layer: VQLinear, swapped: bool) -> Iterator[tuple[str,
         source = _EXCHANGED.get(field, field) if swapped else field
         layout = layer.layout
         if field == "indices":
-            shape, dtype = (layout.num_groups, layout.num_vectors, layout.packed_words), np.dtype(np.int32)
+            shape: tuple[int, ...] = (layout.num_groups, layout.num_vectors, layout.packed_words)
+            dtype = np.dtype(np.int32)
         else:
             variable = getattr(layer, source)
             if variable is None:

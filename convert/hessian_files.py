@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from vptq_jax.lm.hessians import Hessians, read_hessians
+from vptq_jax.nn.hessians import Hessians, read_hessians
 from vptq_jax.schema import INT32, short
 
 _MODULES = {

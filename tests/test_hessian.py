@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from vptq_jax.convert.hessian_files import load_hessians
-from vptq_jax.lm import hessians as hessian
 from vptq_jax.lm.activations import Moment, hessian_key
 from vptq_jax.lm.fingerprint import array_digest
-from vptq_jax.lm.hessians import Hessians
+from vptq_jax.nn import hessians as hessian
+from vptq_jax.nn.hessians import Hessians
 
 
 def example(fingerprint="model a", tokens=100):

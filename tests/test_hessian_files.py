@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vptq_jax.convert.hessian_files import load_hessian_files, load_hessians
-from vptq_jax.lm.hessians import Hessians
+from vptq_jax.nn.hessians import Hessians
 
 torch = pytest.importorskip("torch")
 

@@ -67,6 +67,14 @@ def test_nothing_that_reads_a_model_changes_it(model, launches, tmp_path):
     assert len(jax.tree.leaves(nnx.state(model, nnx.Param))) == trained
 
 
+def test_new_modules_share_arrays_and_no_variables(model):
+    before = leaves(model)
+    for new in (vq.pack(model, target="sm_90"), vq.trainable(model), vq.unpack(model), forms.cast(model, jnp.float32)):
+        new.norm.weight[...] = new.norm.weight[...] * 0
+        new.layers[0].mlp.up_proj.scale[...] = new.layers[0].mlp.up_proj.scale[...] * 0
+        assert_same(before, leaves(model))
+
+
 def test_threads_on_a_fresh_model_agree_with_one(launches):
     expected = vq.generate(quantized_model(jnp.bfloat16), [1, 2, 3], max_new_tokens=6)
     for _ in range(3):

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from vptq_jax.lm.generation import chat_prompt as chat_prompt
     from vptq_jax.lm.generation import generate as generate
     from vptq_jax.lm.generation import stream as stream
-    from vptq_jax.lm.hessians import Hessians as Hessians
     from vptq_jax.lm.hessians import collect_hessians as collect_hessians
     from vptq_jax.lm.quantizer import quantize as quantize
     from vptq_jax.lm.registry import build as build
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from vptq_jax.nn.forms import pack as pack
     from vptq_jax.nn.forms import trainable as trainable
     from vptq_jax.nn.forms import unpack as unpack
+    from vptq_jax.nn.hessians import Hessians as Hessians
     from vptq_jax.nn.linear import Linear as Linear
     from vptq_jax.nn.linear import VQLinear as VQLinear
     from vptq_jax.nn.linear import VQParam as VQParam
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Decoder": "lm.decoder",
     "GenerationResult": "lm.generation",
-    "Hessians": "lm.hessians",
+    "Hessians": "nn.hessians",
     "KernelFallbackWarning": "pallas.dispatch",
     "Linear": "nn.linear",
     "ModelConfig": "lm.config",

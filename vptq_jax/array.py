@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int, UInt
 
 from vptq_jax.packing import pack_indices, unpack_indices
@@ -84,6 +85,11 @@ class VQArray:
     def dtype(self) -> Any:
         """dtype of the codebook."""
         return self.codebook.dtype
+
+    @property
+    def ndim(self) -> int:
+        """2: a matrix."""
+        return 2
 
     @property
     def nbytes(self) -> int:
@@ -182,6 +188,7 @@ jax.tree_util.register_dataclass(
     ],
     meta_fields=["layout"],
 )  # fmt: skip
+nnx.register_data_type(VQArray)  # an attribute of a module needs no wrapping
 
 
 def _gather(codebook: Float[Array, "G k v"], index: UInt[Array, "G n m"]) -> Float[Array, "G n m v"]:

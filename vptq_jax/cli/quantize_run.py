@@ -13,11 +13,12 @@ from vptq_jax.cli import common
 from vptq_jax.convert import checkpoint
 from vptq_jax.convert.hessian_files import load_hessians
 from vptq_jax.lm import data
-from vptq_jax.lm.hessians import KIND as HESSIANS
-from vptq_jax.lm.hessians import Hessians, check_origin, collect_hessians
+from vptq_jax.lm.hessians import check_origin, collect_hessians
 from vptq_jax.lm.quantizer import config_record, quantize, run_fingerprint
 from vptq_jax.lm.report import QuantReport
 from vptq_jax.lm.workdir import WorkDir
+from vptq_jax.nn.hessians import KIND as HESSIANS
+from vptq_jax.nn.hessians import Hessians
 from vptq_jax.problems import raise_problems
 from vptq_jax.spec import QuantConfig
 

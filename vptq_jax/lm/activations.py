@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from vptq_jax.lm.decoder import Block, Decoder, RMSNorm, check_tokens
 from vptq_jax.lm.rope import Rotary
 from vptq_jax.nn.linear import Linear, VQLinear
+from vptq_jax.nn.moments import Moment
 
 Tokens: TypeAlias = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 """Token ids of one batch."""
@@ -28,39 +29,6 @@ def hessian_key(path: str) -> str:
     parent, _, name = path.rpartition(".")
     name = _SAME_INPUT.get(name, name)
     return f"{parent}.{name}" if parent else name
-
-
-class Moment(NamedTuple):
-    """A running sum of X^T X in float32, with what rounding has taken from it."""
-
-    total: Float[Array, "in in"]
-    lost: Float[Array, "in in"]
-
-    @classmethod
-    def zeros(cls, features: int) -> Moment:
-        """The sum over no tokens."""
-        return cls(jnp.zeros((features, features), jnp.float32), jnp.zeros((features, features), jnp.float32))
-
-    def add(self, x: Float[Array, "*batch in"]) -> Moment:
-        """Adds X^T X, losing no more than a single rounding over any number of calls."""
-        rows = x.reshape(-1, x.shape[-1])
-        term = jnp.einsum(
-            "ti,tj->ij", rows, rows, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-        )
-        # Kahan's summation with Knuth's two-sum, which needs no order of magnitudes.
-        term = term + self.lost
-        total = self.total + term
-        kept = total - self.total
-        return Moment(total, (self.total - (total - kept)) + (term - kept))
-
-    def mean(self, tokens: int) -> Float[np.ndarray, "in in"]:
-        """The moment per token, summed in float64, as float32 on the host."""
-        exact = np.asarray(self.total, np.float64) + np.asarray(self.lost, np.float64)
-        return (exact / tokens).astype(np.float32)
-
-    def finite(self) -> Bool[Array, ""]:
-        """Whether every row added so far was finite (squares of others show on the diagonal)."""
-        return jnp.isfinite(jnp.trace(self.total))
 
 
 class Activations:

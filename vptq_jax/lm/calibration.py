@@ -15,7 +15,7 @@ from jaxtyping import Float
 from vptq_jax.lm.activations import Activations, hessian_key
 from vptq_jax.lm.decoder import Block, Decoder
 from vptq_jax.lm.fingerprint import bytes_digest, end_digests, module_digests, text_digest
-from vptq_jax.lm.hessians import Hessians
+from vptq_jax.nn.hessians import Hessians
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.spec import QuantConfig
 
@@ -143,7 +143,7 @@ class RunningCalibration:
 
 def _dense(block: Block) -> Block:
     """The block with dense copies of its quantized layers, so that blocks in every state run one compiled program."""
-    block = nnx.merge(*nnx.split(block))
+    block = nnx.merge(*nnx.split(block), copy=True)
     dtype = block.input_layernorm.weight.dtype
     for _, owner, name in list(block.places()):
         layer = getattr(owner, name)

@@ -25,12 +25,13 @@ from vptq_jax.lm.calibration import Calibration, GivenHessians, RunningCalibrati
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.decoder import Block, Decoder
 from vptq_jax.lm.fingerprint import array_digest, json_digest
-from vptq_jax.lm.hessians import Hessians
 from vptq_jax.lm.registry import Requirements
 from vptq_jax.lm.report import QuantReport, peak_memory
 from vptq_jax.lm.streamed import StreamedModel
 from vptq_jax.lm.workdir import WorkDir
+from vptq_jax.nn.hessians import Hessians
 from vptq_jax.nn.linear import Linear, VQLinear
+from vptq_jax.nn.quantizer import quantize_module
 from vptq_jax.quantization.linalg import check_hessian
 from vptq_jax.quantization.search import check_centroids, check_finite, quantize_weight, store
 from vptq_jax.spec import QuantConfig, VQSpec
@@ -39,21 +40,22 @@ _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
 
 def quantize(
-    model: Decoder | StreamedModel,
+    model: Any,
     config: QuantConfig | VQSpec | str,
     calibration: Hessians | Iterable[Tokens],
     *,
     workdir: str | os.PathLike[str] | WorkDir | None = None,
     progress: bool = True,
-) -> tuple[Decoder, QuantReport]:
-    """Quantizes a model's linear layers with VPTQ.
+) -> tuple[Any, QuantReport]:
+    """Quantizes the linear layers of a language model, or of any NNX module, with VPTQ.
 
     Besides what the caller put there, the device holds one block of dense weights and its Hessians at a time; a
     `StreamedModel` is never in memory as a whole. The output projection and the embedding, when a rule names
     them, come last; an untied embedding has no input, so all its columns count alike.
 
     Args:
-        model: left as it is.
+        model: a `Decoder` or `StreamedModel`; or any module, with Hessians (`nn.quantizer.quantize_module`). Left as
+            it is.
         config: specs by module path, options, seed; a spec alone stands for `QuantConfig(spec)`.
         calibration: Hessians from `collect_hessians` or `load_hessians`, or token batches [B, T] to collect them
             from on the way (needed for `mode="sequential"`).
@@ -72,10 +74,28 @@ def quantize(
             another run (the message says what changed).
         OSError: `workdir` cannot be written; what was finished stays usable.
     """
+    if not isinstance(model, Decoder | StreamedModel):
+        return _quantize_module(model, config, calibration, workdir, progress=progress)
     if workdir is None or isinstance(workdir, WorkDir):
         return _quantize(model, config, calibration, workdir, progress=progress)
     with WorkDir(workdir) as work:
         return _quantize(model, config, calibration, work, progress=progress)
+
+
+def _quantize_module(
+    module: nnx.Module, config: QuantConfig | VQSpec | str, calibration: Any, workdir: Any, *, progress: bool
+) -> tuple[nnx.Module, QuantReport]:
+    if not isinstance(module, nnx.Module):
+        raise TypeError(f"found a {type(module).__name__}; expected a language model or an NNX module")
+    if not isinstance(calibration, Hessians):
+        raise ValueError("a module of another kind needs Hessians: collect_hessians(module, batches, call)")
+    if workdir is not None:
+        raise ValueError("a work directory is for language models; leave it out")
+    started = time.perf_counter()
+    config = config if isinstance(config, QuantConfig) else QuantConfig(config)
+    new, rows = quantize_module(module, config, calibration, progress=progress)
+    seconds = {"total": time.perf_counter() - started, "calibration": 0.0}
+    return new, QuantReport(rows, config_record(config), seconds, peak_memory(), "")
 
 
 def run_fingerprint(
@@ -373,7 +393,7 @@ def _row(path: str, spec: VQSpec, array: VQArray) -> dict[str, Any]:
 
 def _copy(module: Any) -> Any:
     """A module of its own over the same arrays."""
-    return nnx.merge(*nnx.split(module))
+    return nnx.merge(*nnx.split(module), copy=True)
 
 
 @jax.jit

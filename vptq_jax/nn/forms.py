@@ -17,6 +17,7 @@ from flax import nnx
 
 from vptq_jax.array import VQArray
 from vptq_jax.nn.linear import FLOATS, VQLinear
+from vptq_jax.nn.surgery import replace
 from vptq_jax.pallas import dispatch
 from vptq_jax.pallas.vq_matmul import Packed, choose_order
 from vptq_jax.pallas.vq_matmul import pack as pack_array
@@ -58,13 +59,13 @@ def pack(weight: Any, *, dtype: Any = None, target: str | None = None, donate: b
     dtype = jnp.dtype(dtype or _activations(weight))
     groups: dict[Any, list[tuple[str, VQLinear]]] = {}
     for path, layer in quantized(weight):
-        if layer.order is None and not unsupported(layer.layout, dtype):
+        if layer.order is None and not layer.stacked and not unsupported(layer.layout, dtype):
             alike = dataclasses.replace(layer.layout, out_features=1)
             groups.setdefault((_SHARED_INPUT.sub("", path), alike), []).append((path, layer))
     found: dict[str, VQLinear] = {}
     for group in groups.values():
         arrays = _packed([layer.array for _, layer in group], dtype, donate)
-        found |= {path: _like(layer, array) for (path, layer), array in zip(group, arrays, strict=True)}
+        found |= {path: layer.with_weight(array) for (path, layer), array in zip(group, arrays, strict=True)}
     return replace(weight, found)
 
 
@@ -84,7 +85,9 @@ def unpack(weight: Any, *, donate: bool = False) -> Any:
         return weight
     _check_module(weight, "a Packed or a module")
     layers = {path: layer for path, layer in quantized(weight) if layer.order is not None}
-    return replace(weight, {path: _like(layer, unpack(layer.weight, donate=donate)) for path, layer in layers.items()})
+    return replace(
+        weight, {path: layer.with_weight(unpack(layer.weight, donate=donate)) for path, layer in layers.items()}
+    )
 
 
 def trainable(weight: Any, dtype: Any = jnp.float32) -> Any:
@@ -111,7 +114,7 @@ def trainable(weight: Any, dtype: Any = jnp.float32) -> Any:
     found = {}
     for path, layer in _all_quantized(weight):
         before = {field: str(value.dtype) for field in FLOATS if (value := getattr(layer.array, field)) is not None}
-        found[path] = VQLinear(trainable(layer.array, dtype), _bias(layer), stored=before | dict(layer.stored))
+        found[path] = layer.with_weight(trainable(layer.array, dtype), before | dict(layer.stored))
     return replace(weight, found)
 
 
@@ -119,7 +122,7 @@ def cast(module: Model, dtype: Any) -> Model:
     """A module with other parameters in a dtype than those of quantized weights, which keep theirs."""
     graph, *states = nnx.split(module, lambda path, part: type(part) is nnx.Param, ...)
     dense, rest = states
-    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(dtype), dense), rest)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(dtype), dense), rest, copy=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,7 @@ def stored(module: Model) -> tuple[Model, Rounding]:
             else:
                 wide.append(f"{path}.{field}")
         if parts or layer.order is not None:
-            layers[path] = VQLinear(dataclasses.replace(layer.array, **parts), _bias(layer))
+            layers[path] = layer.with_weight(dataclasses.replace(layer.array, **parts), {})
     return replace(module, layers), Rounding(max(errors), tuple(wide))
 
 
@@ -184,21 +187,6 @@ def quantized(module: nnx.Module) -> Iterator[tuple[str, VQLinear]]:
             yield path, part
 
 
-def replace(module: Model, layers: dict[str, VQLinear]) -> Model:
-    """A new module with other layers at some paths; it shares all other arrays with the old one."""
-    new = nnx.merge(*nnx.split(module))
-    for path, layer in layers.items():
-        *owners, name = path.split(".")
-        owner: Any = new
-        for part in owners:
-            owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
-        if name.isdigit():
-            owner[int(name)] = layer
-        else:
-            setattr(owner, name, layer)
-    return new
-
-
 def _packed(weights: list[VQArray], dtype: Any, donate: bool) -> list[Packed]:
     order = choose_order([weight.layout for weight in weights])
     packed = []
@@ -212,14 +200,6 @@ def _packed(weights: list[VQArray], dtype: Any, donate: bool) -> list[Packed]:
 def _delete(old: jax.Array, new: jax.Array) -> None:
     new.block_until_ready()
     old.delete()
-
-
-def _like(layer: VQLinear, weight: VQArray | Packed) -> VQLinear:
-    return VQLinear(weight, _bias(layer), stored=dict(layer.stored))
-
-
-def _bias(layer: VQLinear) -> Any:
-    return None if layer.bias is None else layer.bias.get_value()
 
 
 def _activations(module: nnx.Module) -> np.dtype:

@@ -29,7 +29,7 @@ def inference_form(module: Model, *, donate: bool = False) -> Model:
         module: any module with quantized layers.
         donate: see `pack`; the module is of no use afterwards, and no twin is kept.
     """
-    layers = [layer for _, layer in quantized(module)]
+    layers = [layer for _, layer in quantized(module) if not layer.stacked]
     if all(layer.order is not None for layer in layers):
         return module
     devices = dispatch.devices_of(*(layer.weight for layer in layers if layer.order is None))
@@ -39,7 +39,7 @@ def inference_form(module: Model, *, donate: bool = False) -> Model:
         return module
     if donate:
         twin = pack(module, donate=True)
-        _warn_of_unpacked([layer for _, layer in quantized(twin)])
+        _warn_of_unpacked([layer for _, layer in quantized(twin) if not layer.stacked])
         return twin
     arrays = jax.tree.leaves(nnx.state(module))
     with _lock:
@@ -49,7 +49,7 @@ def inference_form(module: Model, *, donate: bool = False) -> Model:
             if id(module) not in _kept:
                 weakref.finalize(module, _kept.pop, id(module), None)
             _kept[id(module)] = ([weakref.ref(array) for array in arrays], twin)
-        _warn_of_unpacked([layer for _, layer in quantized(twin)])
+        _warn_of_unpacked([layer for _, layer in quantized(twin) if not layer.stacked])
         return twin
 
 

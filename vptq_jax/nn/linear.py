@@ -88,6 +88,16 @@ class VQLinear(nnx.Module):
             setattr(self, field, nnx.data(None if value is None else kind(value)))
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
 
+    def with_weight(self, weight: VQArray | Packed, stored: Mapping[str, str] | None = None) -> VQLinear:
+        """The same layer with its weight in another form; `stored` is as it was where it is None."""
+        bias: Any = None if self.bias is None else self.bias.get_value()
+        return VQLinear(weight, bias, stored=dict(self.stored) if stored is None else stored)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the weight is a stack of matrices, see `VQEinsum`."""
+        return False
+
     @property
     def weight(self) -> VQArray | Packed:
         """The quantized weight as one pytree."""

@@ -1,0 +1,43 @@
+"""Sums of X^T X that lose nothing over millions of rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+
+class Moment(NamedTuple):
+    """A running sum of X^T X in float32, with what rounding has taken from it."""
+
+    total: Float[Array, "in in"]
+    lost: Float[Array, "in in"]
+
+    @classmethod
+    def zeros(cls, features: int) -> Moment:
+        """The sum over no tokens."""
+        return cls(jnp.zeros((features, features), jnp.float32), jnp.zeros((features, features), jnp.float32))
+
+    def add(self, x: Float[Array, "*batch in"]) -> Moment:
+        """Adds X^T X, losing no more than a single rounding over any number of calls."""
+        rows = x.reshape(-1, x.shape[-1])
+        term = jnp.einsum(
+            "ti,tj->ij", rows, rows, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
+        # Kahan's summation with Knuth's two-sum, which needs no order of magnitudes.
+        term = term + self.lost
+        total = self.total + term
+        kept = total - self.total
+        return Moment(total, (self.total - (total - kept)) + (term - kept))
+
+    def mean(self, tokens: int) -> Float[np.ndarray, "in in"]:
+        """The moment per token, summed in float64, as float32 on the host."""
+        exact = np.asarray(self.total, np.float64) + np.asarray(self.lost, np.float64)
+        return (exact / tokens).astype(np.float32)
+
+    def finite(self) -> Bool[Array, ""]:
+        """Whether every row added so far was finite (squares of others show on the diagonal)."""
+        return jnp.isfinite(jnp.trace(self.total))

@@ -1,0 +1,169 @@
+"""Every linear layer of any module, quantized: rules by path, Hessians by path, a new module."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from vptq_jax.array import VQArray
+from vptq_jax.extras import progress_bar
+from vptq_jax.nn.einsum import VQEinsum
+from vptq_jax.nn.hessians import Hessians
+from vptq_jax.nn.linear import Linear, VQLinear
+from vptq_jax.nn.surgery import contraction_of, kernel_of, linears, replace
+from vptq_jax.quantization.search import check_centroids, check_finite, quantize_weight, store
+from vptq_jax.spec import QuantConfig, VQSpec
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def quantize_module(
+    module: Model, config: QuantConfig | VQSpec | str, hessians: Hessians, *, progress: bool = False
+) -> tuple[Model, list[dict[str, Any]]]:
+    """Quantizes the dense linear layers of a module (`surgery.linears`) in the metric of their Hessians.
+
+    Args:
+        module: left as it is.
+        config: specs by path, options, seed.
+        hessians: from `collect.collect`, by the same paths. A matrix of a stack (an expert) that saw nothing counts
+            all its inputs alike.
+        progress: show a progress bar.
+
+    Returns:
+        A new module, codebooks in float16 where that is wide enough, and a row of facts for each layer: path, spec,
+        features, bits, and the stats of `quantize_weight` (of a stack: their means).
+
+    Raises:
+        ValueError: before work starts: no layer is to be quantized, a rule matches none, a spec does not fit a layer,
+            or a layer has no Hessian of its shape.
+    """
+    config = config if isinstance(config, QuantConfig) else QuantConfig(config)
+    layers = {path: layer for path, layer in linears(module).items() if not isinstance(layer, VQLinear)}
+    matrices = {path: contraction_of(layer).matrix(kernel_of(layer)) for path, layer in layers.items()}  # type: ignore[union-attr]
+    specs = plan(config, {path: matrix.shape for path, matrix in matrices.items()}, hessians)
+    new: dict[str, Any] = {}
+    rows = []
+    with progress_bar(progress, total=len(specs), desc="Quantizing", unit="layer") as bar:
+        for path, spec in specs.items():
+            bar.set_postfix_str(path)
+            array, stats = _quantized(path, matrices[path], hessians.for_module(path), spec, config)
+            new[path] = _layer(layers[path], array)
+            rows.append(_row(path, spec, matrices[path].shape, array) | stats)
+            bar.update()
+    return replace(module, new), rows
+
+
+def plan(
+    config: QuantConfig, shapes: Mapping[str, tuple[int, ...]], hessians: Hessians | None = None
+) -> dict[str, VQSpec]:
+    """The spec of every layer that is to be quantized, by path.
+
+    Args:
+        config: specs by path.
+        shapes: ([stack,] out_features, in_features) of every dense layer, by path.
+        hessians: checked to fit, if given.
+
+    Raises:
+        ValueError: see `quantize_module`.
+    """
+    check_rules(config, shapes)
+    specs = {path: spec for path in shapes if (spec := config.spec_for(path)) is not None}
+    if not specs:
+        raise ValueError(
+            f"no layer has a spec: the default spec is None and no rule gives another one; there are "
+            f"{', '.join(list(shapes)[:8]) or 'no linear layers'}"
+        )
+    problems = []
+    for path, spec in specs.items():
+        *stack, rows, columns = shapes[path]
+        try:
+            check_centroids(spec.layout(rows, columns))
+        except ValueError as error:
+            problems.append(f"  {path} {list(shapes[path])} with spec {spec}: {error}")
+        if hessians is not None:
+            expected = (*stack, columns, columns)
+            if path not in hessians:
+                problems.append(f"  {path}: there is no Hessian for it; collect them on this module")
+            elif (found := np.shape(hessians.for_module(path))) != expected:
+                problems.append(f"  {path}: its Hessian has shape {list(found)}; expected {list(expected)}")
+    if problems:
+        listed = problems[:20] + ["  ..."] * (len(problems) > 20)
+        raise ValueError(f"{len(problems)} layers cannot be quantized as asked:\n" + "\n".join(listed))
+    return specs
+
+
+def check_rules(config: QuantConfig, paths: Mapping[str, Any]) -> None:
+    """Raises ValueError for a rule that matches no path; names what comes near it."""
+    for pattern, _ in config.rules:
+        if not any(re.search(pattern, path) for path in paths):
+            near = difflib.get_close_matches(pattern, paths, 3, 0.3) or list(paths)[:3]
+            raise ValueError(f"rule {pattern!r} matches no layer; near it are {', '.join(near) or 'none'}")
+
+
+def _quantized(
+    path: str, matrix: Array, hessian: Float[np.ndarray, "..."], spec: VQSpec, config: QuantConfig
+) -> tuple[VQArray, dict[str, Any]]:
+    """One matrix, or a stack of them one after the other (they share a compiled program)."""
+    if matrix.ndim == 2:
+        return _search(path, matrix, jnp.asarray(hessian), spec, config)
+    found = []
+    for index, (part, metric) in enumerate(zip(matrix, hessian, strict=True)):
+        seen = metric if np.trace(metric) > 0 else np.eye(len(metric), dtype=np.float32)
+        found.append(_search(f"{path}[{index}]", part, jnp.asarray(seen), spec, config))
+    stats = {name: float(np.mean([each[name] for _, each in found])) for name in ("error", "damping", "dead_columns")}
+    return _stacked([array for array, _ in found]), stats
+
+
+def _search(
+    path: str, matrix: Array, hessian: Array, spec: VQSpec, config: QuantConfig
+) -> tuple[VQArray, dict[str, Any]]:
+    name = hashlib.blake2b(path.encode(), digest_size=4).digest()
+    key = jax.random.fold_in(jax.random.key(config.seed), int.from_bytes(name, "little"))
+    options = {
+        option: getattr(config, option)
+        for option in ("kmeans_iters", "samples_per_centroid", "rounds", "tolerance", "damping")
+    }
+    array, stats = quantize_weight(matrix, hessian, spec, key=key, name=path, **options)
+    array, error, wide = store(array, matrix, hessian, stats["error"])
+    check_finite(array, {"error": error}, path)
+    return array, stats | {"error": error} | ({"wide": wide} if wide else {})
+
+
+def _row(path: str, spec: VQSpec, shape: tuple[int, ...], array: VQArray) -> dict[str, Any]:
+    layout = spec.layout(shape[-2], shape[-1])
+    return {
+        "path": path,
+        "spec": str(spec),
+        "out_features": shape[-2],
+        "in_features": shape[-1],
+        "bits_nominal": layout.nominal_bits,
+        "bits_total": 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(array)) / math.prod(shape),
+    }
+
+
+def _stacked(arrays: list[VQArray]) -> VQArray:
+    """One array with a leading axis; a part that is wide in one matrix is wide in all."""
+
+    def stack(*parts: Array) -> Array:
+        return jnp.stack([part.astype(jnp.result_type(*parts)) for part in parts])
+
+    return jax.tree.map(stack, *arrays)
+
+
+def _layer(dense: Any, weight: VQArray) -> VQLinear:
+    bias = None if dense.bias is None else dense.bias.get_value()
+    if isinstance(dense, Linear | nnx.Linear):
+        return VQLinear(weight, bias)
+    contraction = contraction_of(dense)
+    assert contraction is not None
+    return VQEinsum(weight, contraction, tuple(dense.kernel_shape), bias)
