@@ -29,6 +29,7 @@ from vptq_jax.files import Kind, new_directory
 from vptq_jax.json_files import TOKENIZER_FILES, read_json
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.norm import RMSNorm
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.problems import raise_problems
 from vptq_jax.spec import VQLayout
@@ -234,26 +235,26 @@ def _layer_config(layer: VQLinear, swapped: bool) -> dict[str, Any]:
 def _tensors(
     model: Decoder, quantized: Mapping[str, VQLinear], dtype: np.dtype | None, swapped: Any
 ) -> Iterator[tuple[str, LazyTensor]]:
-    """Every tensor in the order of the model; layers in `quantized` in VPTQ form, all others dense."""
-    layers = model.all_linears()
-    for path, layer in layers.items():
-        if path.endswith("self_attn.q_proj"):
-            yield from _norms(model, int(path.split(".")[2]), dtype)
-        if path == "lm_head":
-            yield "model.norm.weight", _dense(model.norm.weight, dtype)
+    """Every tensor, layer by layer; linear layers in `quantized` in VPTQ form, all others dense."""
+    for path, module in _modules(model).items():
         if path in quantized:
             yield from _quantized(path, quantized[path], path in swapped)
+        elif isinstance(module, RMSNorm):
+            yield f"{path}.weight", _dense(module.weight, dtype)
         else:
-            yield f"{path}.weight", _weight(layer, dtype)
-        if layer.bias is not None:
-            yield f"{path}.bias", _dense(layer.bias, dtype)
-    if "lm_head" not in layers:
-        yield "model.norm.weight", _dense(model.norm.weight, dtype)
+            yield f"{path}.weight", _weight(module, dtype)
+        if not isinstance(module, RMSNorm) and module.bias is not None:
+            yield f"{path}.bias", _dense(module.bias, dtype)
 
 
-def _norms(model: Decoder, index: int, dtype: np.dtype | None) -> Iterator[tuple[str, LazyTensor]]:
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        yield f"model.layers.{index}.{name}.weight", _dense(getattr(model.layers[index], name).weight, dtype)
+def _modules(model: Decoder) -> dict[str, Linear | VQLinear | RMSNorm]:
+    """Everything that holds parameters, by Hugging Face path: the table, the layers, the last norm, the output."""
+    modules: dict[str, Linear | VQLinear | RMSNorm] = {_TABLE: model.embed_tokens}
+    for index, block in enumerate(model.layers):
+        linears = {path: getattr(owner, name) for path, owner, name in block.places()}
+        modules |= {f"model.layers.{index}.{path}": part for path, part in (block.norms() | linears).items()}
+    modules["model.norm"] = model.norm
+    return modules if model.lm_head is None else modules | {"lm_head": model.lm_head}
 
 
 def _dense(variable: Any, dtype: np.dtype | None) -> LazyTensor:
@@ -278,6 +279,7 @@ _EXCHANGED = {"codebook": "res_codebook", "res_codebook": "codebook"}
 
 
 def _quantized(path: str, layer: VQLinear, swapped: bool) -> Iterator[tuple[str, LazyTensor]]:
+    shape: tuple[int, ...]
     for field, name in TENSORS.items():
         source = _EXCHANGED.get(field, field) if swapped else field
         layout = layer.layout

@@ -15,6 +15,7 @@ from vptq_jax.convert.gguf_reader import GGUFFile
 from vptq_jax.convert.hf import nonfinite_problems
 from vptq_jax.convert.source import HeaderSource, StoredSource, check_dtype
 from vptq_jax.extras import need, progress_bar
+from vptq_jax.lm.arch import Architecture, gguf_architectures, model_type_of_gguf
 from vptq_jax.lm.config import ModelConfig, RopeConfig
 from vptq_jax.lm.decoder import Decoder
 from vptq_jax.lm.registry import Requirements, build
@@ -23,23 +24,6 @@ from vptq_jax.lm.streamed import StreamedModel
 from vptq_jax.problems import raise_problems
 from vptq_jax.schema import Reader, short
 
-ARCHITECTURES = ("llama", "qwen2")
-"""Values of `general.architecture` that are read; Mistral files call themselves llama."""
-
-_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _TENSOR = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>[a-z_]+)\.(?P<kind>weight|bias)")
 _ROPE_FACTORS = "rope_freqs.weight"
 _MAX_HEAD_DIM = 1 << 16
@@ -105,7 +89,7 @@ class GGUFCheckpoint:
 
     def read(self, name: str, dtype: Any = np.float32) -> np.ndarray:
         """One tensor under its Hugging Face name, in Hugging Face's row order."""
-        return self.file.read(self.names[name], dtype, _row_positions(name, self.config, self.file))
+        return self.file.read(self.names[name], dtype, _row_positions(name, self.config))
 
     def abstract(self) -> Decoder:
         """The model with shapes in place of arrays, as it is loaded by default."""
@@ -125,18 +109,20 @@ def open_gguf(path: str | Path) -> GGUFCheckpoint:
     """
     file = GGUFFile(path)
     config = gguf_config(file)
-    names = {hugging_face_name(name): name for name in file.tensors if name != _ROPE_FACTORS}
+    tensors = [name for name in file.tensors if name != _ROPE_FACTORS]
+    names = {hugging_face_name(name, config.architecture): name for name in tensors}
     raise_problems(f"{path} does not fit its metadata", _tensor_problems(config, file, names))
     return GGUFCheckpoint(file, config, names)
 
 
-def hugging_face_name(name: str) -> str:
+def hugging_face_name(name: str, architecture: Architecture) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay."""
     match = _TENSOR.fullmatch(name)
-    if match is None or match["part"] not in _NAMES:
+    modules = {part: module for module, part in architecture.gguf_names.items()}
+    if match is None or match["part"] not in modules:
         return name
     layer = f"model.layers.{match['layer']}." if match["layer"] else ""
-    return f"{layer}{_NAMES[match['part']]}.{match['kind']}"
+    return f"{layer}{modules[match['part']]}.{match['kind']}"
 
 
 def gguf_config(file: GGUFFile) -> ModelConfig:
@@ -147,9 +133,9 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
         ValueError: keys that are missing or do not fit together.
     """
     architecture = file.metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in gguf_architectures():
         raise NotImplementedError(
-            f"{file.path} is of architecture {short(architecture)}; supported are {', '.join(ARCHITECTURES)}"
+            f"{file.path} is of architecture {short(architecture)}; supported are {', '.join(gguf_architectures())}"
         )
     meta = Reader(_section(file.metadata, architecture), f"GGUF metadata {architecture}.")
     if meta.raw.get("expert_count"):
@@ -176,7 +162,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     stops = [ids.integer(key, None) for key in ("eos_token_id", "eot_token_id")]
     raise_problems(f"{file.path} cannot be used", meta.problems)
     raw = {
-        "model_type": "mistral" if architecture == "llama" and window else architecture,
+        "model_type": model_type_of_gguf(architecture, windowed=bool(window)),
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -265,10 +251,10 @@ def _tensor_problems(config: ModelConfig, file: GGUFFile, names: dict[str, str])
     return problems + [f"{short(names[name])} is unexpected" for name in names if name not in expected]
 
 
-def _row_positions(name: str, config: ModelConfig, file: GGUFFile) -> np.ndarray | None:
-    """Where the rows of q and k belong: GGUF files of LLaMA interleave the two halves of every head."""
+def _row_positions(name: str, config: ModelConfig) -> np.ndarray | None:
+    """Where the rows of q and k belong, if the file interleaves the two halves of every head."""
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}.get(name.split(".")[-2])
-    if heads is None or file.metadata["general.architecture"] != "llama":
+    if heads is None or not config.architecture.gguf_interleaved:
         return None
     rows = np.arange(heads * config.head_dim)
     return rows.reshape(heads, 2, config.head_dim // 2).swapaxes(1, 2).reshape(-1)

@@ -15,15 +15,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from vptq_jax.lm.arch import ARCHITECTURES
 from vptq_jax.nn.hessians import Hessians, read_hessians
 from vptq_jax.schema import INT32, short
 
-_MODULES = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
+_PARTS = ("qkv", "o", "up", "down")  # an H of each input of a block; the files are all of models like LLaMA
+_MODULES = dict(zip(_PARTS, ARCHITECTURES["llama"].inputs(), strict=True))
 _FILE = re.compile(r"(?P<layer>\d+)_(?P<part>qkv|o|up|down)\.pt")
 
 

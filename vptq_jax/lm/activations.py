@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from vptq_jax.lm.arch import SAME_INPUT
 from vptq_jax.lm.decoder import Block, Decoder, RMSNorm, check_tokens
 from vptq_jax.lm.rope import Rotary
 from vptq_jax.nn.linear import Linear, VQLinear
@@ -20,14 +21,11 @@ from vptq_jax.nn.moments import Moment
 Tokens: TypeAlias = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 """Token ids of one batch."""
 
-# Layers that read the same tensor as another one, which carries the H of all of them.
-_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-
 
 def hessian_key(path: str) -> str:
-    """The module path under which the H of a module is kept: that of q_proj for k_proj, and so on."""
+    """The module path under which the H of a module is kept: that of the first layer that reads the same input."""
     parent, _, name = path.rpartition(".")
-    name = _SAME_INPUT.get(name, name)
+    name = SAME_INPUT.get(name, name)
     return f"{parent}.{name}" if parent else name
 
 

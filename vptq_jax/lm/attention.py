@@ -23,6 +23,7 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, layer: int, source: ParamSource, name: str):
         hidden, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
         bias = config.attention_bias
+        self.shared_inputs = config.architecture.attention
         self.head_dim, self.window = config.head_dim, config.window(layer)
         self.q_proj = source.linear(f"{name}.q_proj", heads * self.head_dim, hidden, bias=bias)
         self.k_proj = source.linear(f"{name}.k_proj", kv_heads * self.head_dim, hidden, bias=bias)

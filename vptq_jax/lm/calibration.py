@@ -144,7 +144,7 @@ class RunningCalibration:
 def _dense(block: Block) -> Block:
     """The block with dense copies of its quantized layers, so that blocks in every state run one compiled program."""
     block = nnx.merge(*nnx.split(block), copy=True)
-    dtype = block.input_layernorm.weight.dtype
+    dtype = next(iter(block.norms().values())).weight.dtype
     for _, owner, name in list(block.places()):
         layer = getattr(owner, name)
         if isinstance(layer, VQLinear):

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vptq_jax.lm.arch import ARCHITECTURES, Architecture, supported
 from vptq_jax.schema import INT32, Reader, is_finite, is_integer, short
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -96,7 +97,7 @@ class ModelConfig:
     """Everything that decides a decoder's shapes and maths; hashable.
 
     Attributes:
-        model_type: `llama`, `mistral` or `qwen2`.
+        model_type: a key of `arch.ARCHITECTURES`.
         num_kv_heads: heads of keys and values; divides num_heads.
         head_dim: width of one head, even; need not be hidden_size / num_heads.
         rope: rotary position embedding.
@@ -144,6 +145,11 @@ class ModelConfig:
         if problems:
             raise ValueError(_report("the model config is inconsistent", problems))
 
+    @property
+    def architecture(self) -> Architecture:
+        """What all models of this type have in common."""
+        return ARCHITECTURES[self.model_type]
+
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer, None where it sees everything."""
         return None if layer in self.full_attention_layers else self.sliding_window
@@ -169,7 +175,7 @@ class ModelConfig:
         if not isinstance(raw, Mapping):
             raise ValueError(f"the model config is a {type(raw).__name__}; expected a JSON object")
         model_type = raw.get("model_type")
-        if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise ValueError(f"model_type is {short(model_type)}, which is not supported; supported: {supported()}")
         reader = Reader(raw)
         fields = _read_fields(reader, model_type)
@@ -179,10 +185,10 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """A `config.json` that `from_hf` and transformers read back to this config."""
-        family = _FAMILIES[self.model_type]
+        architecture = self.architecture
         eos: Any = list(self.eos_token_id) if len(self.eos_token_id) != 1 else self.eos_token_id[0]
         raw = {
-            "architectures": [family.architecture],
+            "architectures": [architecture.hf_class],
             "model_type": self.model_type,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -202,40 +208,14 @@ class ModelConfig:
             "initializer_range": self.initializer_range,
             "dtype": self.dtype,
         }
-        if self.model_type == "llama":
-            raw |= {"attention_bias": self.attention_bias, "mlp_bias": self.mlp_bias}
-        if family.sliding:
+        raw |= {key: getattr(self, key) for key in architecture.bias_keys}
+        if architecture.windows != "none":
             raw["sliding_window"] = self.sliding_window
-        if self.model_type == "qwen2":
+        if architecture.windows == "upper":
             sliding = [self.window(layer) is not None for layer in range(self.num_layers)]
             raw["use_sliding_window"] = self.sliding_window is not None
             raw["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in sliding]
         return raw
-
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
-    """What a model type assumes where its `config.json` is silent."""
-
-    architecture: str
-    max_position_embeddings: int
-    num_kv_heads: int | None = None
-    bos: int | None = None
-    eos: int | None = None
-    sliding: bool = False
-    sliding_window: int | None = None
-
-
-_FAMILIES = {
-    "llama": _Family("LlamaForCausalLM", 2048, bos=1, eos=2),
-    "mistral": _Family("MistralForCausalLM", 131072, num_kv_heads=8, bos=1, eos=2, sliding=True, sliding_window=4096),
-    "qwen2": _Family("Qwen2ForCausalLM", 32768, num_kv_heads=32, sliding=True, sliding_window=4096),
-}
-
-
-def supported() -> str:
-    """The supported model types, for messages."""
-    return ", ".join(_FAMILIES)
 
 
 def _report(what: str, problems: list[str]) -> str:
@@ -243,7 +223,7 @@ def _report(what: str, problems: list[str]) -> str:
 
 
 def _read_fields(reader: Reader, model_type: str) -> dict[str, Any]:
-    family = _FAMILIES[model_type]
+    architecture = ARCHITECTURES[model_type]
     fields: dict[str, Any] = {"model_type": model_type}
     for name, key in (
         ("vocab_size", "vocab_size"),
@@ -254,11 +234,11 @@ def _read_fields(reader: Reader, model_type: str) -> dict[str, Any]:
     ):
         fields[name] = reader.integer(key, low=1, high=MAX_LAYERS if name == "num_layers" else INT32)
     heads = fields["num_heads"]
-    # A config may omit the number of key and value heads (the family's default) or say null (as many as heads).
+    # A config may omit the number of key and value heads (the architecture's default) or say null (as many as heads).
     fields["num_kv_heads"] = (
         reader.integer("num_key_value_heads", None, low=1)
         if "num_key_value_heads" in reader.raw
-        else family.num_kv_heads
+        else architecture.num_kv_heads
     ) or heads
     head_dim = reader.integer("head_dim", None, low=1)
     if head_dim is None and fields["hidden_size"] and heads and heads > 0:
@@ -270,20 +250,21 @@ def _read_fields(reader: Reader, model_type: str) -> dict[str, Any]:
         head_dim = fields["hidden_size"] // heads
     fields["head_dim"] = head_dim
     fields["rms_norm_eps"] = reader.number("rms_norm_eps", 1e-6)
-    fields["max_position_embeddings"] = reader.integer("max_position_embeddings", family.max_position_embeddings, low=1)
+    fields["max_position_embeddings"] = reader.integer(
+        "max_position_embeddings", architecture.max_position_embeddings, low=1
+    )
     fields["tie_word_embeddings"] = reader.boolean("tie_word_embeddings", False)
     fields["initializer_range"] = reader.number("initializer_range", 0.02)
-    fields["bos_token_id"] = _first(_token_ids(reader, "bos_token_id", family.bos))
-    fields["eos_token_id"] = _token_ids(reader, "eos_token_id", family.eos)
+    fields["bos_token_id"] = _first(_token_ids(reader, "bos_token_id", architecture.bos_token_id))
+    fields["eos_token_id"] = _token_ids(reader, "eos_token_id", architecture.eos_token_id)
     fields["pad_token_id"] = _first(_token_ids(reader, "pad_token_id", None))
     fields["dtype"] = _read_dtype(reader)
-    if model_type == "llama":
-        fields["attention_bias"] = fields["attention_out_bias"] = reader.boolean("attention_bias", False)
-        fields["mlp_bias"] = reader.boolean("mlp_bias", False)
-    if model_type == "qwen2":
+    biases = {key: reader.boolean(key, False) for key in architecture.bias_keys}
+    fields |= biases | {"attention_out_bias": biases.get("attention_bias", False)}
+    if architecture.qkv_bias:
         fields["attention_bias"] = True
-    if family.sliding:
-        fields |= _read_window(reader, model_type, fields["num_layers"])
+    if architecture.windows != "none":
+        fields |= _read_window(reader, architecture, fields["num_layers"])
     activation = reader.raw.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         reader.problems.append(f"hidden_act is {short(activation)}, which is not supported; supported: silu")
@@ -313,12 +294,12 @@ def _read_dtype(reader: Reader) -> str:
     return name
 
 
-def _read_window(reader: Reader, model_type: str, num_layers: int | None) -> dict[str, Any]:
-    # Null means no window; a missing key means the family's own.
+def _read_window(reader: Reader, architecture: Architecture, num_layers: int | None) -> dict[str, Any]:
+    # Null means no window; a missing key means the architecture's own.
     given = "sliding_window" in reader.raw
-    window = reader.integer("sliding_window", None if given else _FAMILIES[model_type].sliding_window)
+    window = reader.integer("sliding_window", None if given else architecture.sliding_window)
     full: tuple[int, ...] = ()
-    if model_type == "qwen2":
+    if architecture.windows == "upper":
         if not reader.boolean("use_sliding_window", False):
             window = None
         full = tuple(range(min(reader.integer("max_window_layers", 28) or 0, num_layers or 0)))
@@ -429,9 +410,9 @@ def _problems(config: ModelConfig) -> list[str]:
         problems.append(f"num_layers is {config.num_layers}; expected at most {MAX_LAYERS}")
     if config.context_length > INT32:
         problems.append(f"the rope stretches the context to {config.context_length} tokens; expected at most {INT32}")
-    if config.model_type not in _FAMILIES:
+    if config.model_type not in ARCHITECTURES:
         problems.append(f"model_type is {config.model_type!r}, which is not supported; supported: {supported()}")
-    elif config.sliding_window is not None and not _FAMILIES[config.model_type].sliding:
+    elif config.sliding_window is not None and config.architecture.windows == "none":
         problems.append(f"sliding_window is {config.sliding_window}, but {config.model_type} models have none")
     if config.num_heads % config.num_kv_heads:
         problems.append(

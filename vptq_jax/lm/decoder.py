@@ -1,4 +1,4 @@
-"""The decoder that LLaMA, Mistral and Qwen2 share: RMSNorm, rotary attention, SwiGLU.
+"""The decoder of every architecture in `arch`: RMSNorm, rotary attention, gated MLP.
 
 Parameters and activations keep the dtype of the weights; norms, softmax and logits are float32.
 """
@@ -15,31 +15,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from vptq_jax.lm.arch import Norms
 from vptq_jax.lm.attention import Attention
 from vptq_jax.lm.cache import KVCache, LayerCache
 from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.norm import RMSNorm, make_norm
 from vptq_jax.lm.params import ParamSource
 from vptq_jax.lm.rope import Rotary, rotary
 from vptq_jax.nn.linear import Linear, Unnormalized, VQLinear, project
-from vptq_jax.pallas.vq_matmul import RMS
-
-_ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
-
-
-class RMSNorm(nnx.Module):
-    """`x / rms(x) * weight`, computed in float32, returned in the dtype of x."""
-
-    def __init__(self, weight: Array | jax.ShapeDtypeStruct, eps: float):
-        self.weight = nnx.Param(weight)
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        return RMS(self.weight[...], self.eps)(x)
-
-    def defer(self, x: Float[Array, "*batch dim"]) -> Unnormalized:
-        """The same for layers that `project` applies."""
-        return Unnormalized(x, RMS(self.weight[...], self.eps))
 
 
 class MLP(nnx.Module):
@@ -47,6 +30,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, source: ParamSource, name: str):
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.shared_inputs = config.architecture.mlp
         self.gate_proj = source.linear(f"{name}.gate_proj", inner, hidden, bias=bias)
         self.up_proj = source.linear(f"{name}.up_proj", inner, hidden, bias=bias)
         self.down_proj = source.linear(f"{name}.down_proj", hidden, inner, bias=bias)
@@ -60,36 +44,57 @@ class Block(nnx.Module):
     """One layer. Blocks hold no layer number, so that all of one kind share one compiled program."""
 
     def __init__(self, config: ModelConfig, layer: int, source: ParamSource):
-        name, norm_shape = f"model.layers.{layer}", (config.hidden_size,)
-        self.input_layernorm = RMSNorm(source.tensor(f"{name}.input_layernorm.weight", norm_shape), config.rms_norm_eps)
+        name, architecture = f"model.layers.{layer}", config.architecture
+        self.attention_norms, self.mlp_norms = architecture.attention_norms, architecture.mlp_norms
+
+        def read(norm: str | None) -> None:
+            if norm is not None:
+                setattr(self, norm, make_norm(config, source, f"{name}.{norm}", config.hidden_size))
+
+        read(self.attention_norms.before)
         self.self_attn = Attention(config, layer, source, f"{name}.self_attn")
-        self.post_attention_layernorm = RMSNorm(
-            source.tensor(f"{name}.post_attention_layernorm.weight", norm_shape), config.rms_norm_eps
-        )
+        read(self.attention_norms.after)
+        read(self.mlp_norms.before)
         self.mlp = MLP(config, source, f"{name}.mlp")
+        read(self.mlp_norms.after)
 
     def __call__(self, h: Float[Array, "B T hidden"], at: Rotary) -> Float[Array, "B T hidden"]:
         """The whole rows at once; `at` from `Decoder.rotary`."""
-        return self._mlp(h + self.self_attn(self.input_layernorm.defer(h), at))
+        return self._finish(h, self.self_attn(self._before(self.attention_norms, h), at))
 
     def prefill(self, h: Array, at: Rotary, start: Array, capacity: int) -> tuple[Array, LayerCache]:
         """As the call, and the layer's cache."""
-        y, cache = self.self_attn.prefill(self.input_layernorm.defer(h), at, start, capacity)
-        return self._mlp(h + y), cache
+        y, cache = self.self_attn.prefill(self._before(self.attention_norms, h), at, start, capacity)
+        return self._finish(h, y), cache
 
     def step(self, h: Array, at: Rotary, cache: LayerCache) -> tuple[Array, LayerCache]:
         """One token a row, against the cache."""
-        y, cache = self.self_attn.step(self.input_layernorm.defer(h), at, cache)
-        return self._mlp(h + y), cache
+        y, cache = self.self_attn.step(self._before(self.attention_norms, h), at, cache)
+        return self._finish(h, y), cache
 
     def places(self) -> Iterator[tuple[str, nnx.Module, str]]:
         """Path within the block, owner and attribute of every linear layer, in forward order."""
-        for group, names in (("self_attn", _ATTENTION_LINEARS), ("mlp", _MLP_LINEARS)):
-            for name in names:
-                yield f"{group}.{name}", getattr(self, group), name
+        for half in ("self_attn", "mlp"):
+            owner = getattr(self, half)
+            for names in owner.shared_inputs:
+                for name in names:
+                    yield f"{half}.{name}", owner, name
 
-    def _mlp(self, h: Array) -> Array:
-        return h + self.mlp(self.post_attention_layernorm.defer(h))
+    def norms(self) -> dict[str, RMSNorm]:
+        """The norms, by path within the block."""
+        names = (*self.attention_norms, *self.mlp_norms)
+        return {name: getattr(self, name) for name in names if name is not None}
+
+    def _finish(self, h: Array, y: Array) -> Array:
+        """The block's output, from its input and what attention made of that."""
+        h = h + self._after(self.attention_norms, y)
+        return h + self._after(self.mlp_norms, self.mlp(self._before(self.mlp_norms, h)))
+
+    def _before(self, norms: Norms, h: Array) -> Unnormalized:
+        return getattr(self, norms.before).defer(h)
+
+    def _after(self, norms: Norms, y: Array) -> Array:
+        return y if norms.after is None else getattr(self, norms.after)(y)
 
 
 class Decoder(nnx.Module):
@@ -117,7 +122,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.embed_tokens = source.linear("model.embed_tokens", vocab, hidden, bias=False)
         self.layers = nnx.List([Block(config, layer, source) for layer in range(config.num_layers)])
-        self.norm = RMSNorm(source.tensor("model.norm.weight", (hidden,)), config.rms_norm_eps)
+        self.norm = make_norm(config, source, "model.norm", hidden)
         head = None if config.tie_word_embeddings else source.linear("lm_head", vocab, hidden, bias=False)
         self.lm_head: Linear | VQLinear | None = nnx.data(head)
         self.tokenizer = None

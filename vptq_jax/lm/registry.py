@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from vptq_jax.lm.arch import ARCHITECTURES
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.decoder import Decoder
 from vptq_jax.lm.params import AbstractSource, ParamSource
 from vptq_jax.nn.linear import Linear, VQLinear
 
-_MODEL_TYPES = ("llama", "mistral", "qwen2")
-
 
 def model_types() -> tuple[str, ...]:
     """The supported values of `model_type`."""
-    return _MODEL_TYPES
+    return tuple(ARCHITECTURES)
 
 
 def build(config: ModelConfig, source: ParamSource) -> Decoder:

@@ -6,7 +6,6 @@ Each function returns something new and leaves what it was given as it is. Array
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -24,8 +23,6 @@ from vptq_jax.pallas.vq_matmul import pack as pack_array
 from vptq_jax.pallas.vq_matmul import unpack as unpack_array
 from vptq_jax.pallas.vq_matmul.packed import unsupported
 
-_SHARED_INPUT = re.compile(r"(?<=\.)([qkv]|gate|up)_proj$")  # what is left of the path names their input
-
 Model = TypeVar("Model", bound=nnx.Module)
 
 
@@ -33,8 +30,8 @@ def pack(weight: Any, *, dtype: Any = None, target: str | None = None, donate: b
     """Lays quantized weights out for the GPU kernels: frozen, without a gradient; `unpack` gives them back bit for bit.
 
     Args:
-        weight: a `VQArray`, or a module, whose `VQLinear`s that a kernel can run are packed (layers that read one
-            input in one order, so that they share a launch); others stay as they are.
+        weight: a `VQArray`, or a module, whose `VQLinear`s that a kernel can run are packed; others stay as they
+            are. Layers that read one input, as their owner says in `shared_inputs`, get one order to share a launch.
         dtype: dtype of the activations, bfloat16 or float16; None is bfloat16, or float16 for a module whose
             floating-point parameters are. Kernels read float32 activations as bfloat16.
         target: the GPU to pack for, such as `sm_90`, on any machine; None is the one on which the weight lies.
@@ -58,10 +55,11 @@ def pack(weight: Any, *, dtype: Any = None, target: str | None = None, donate: b
         raise NotImplementedError(f"no kernel runs here: {reason}; target='sm_90' packs for another machine")
     dtype = jnp.dtype(dtype or _activations(weight))
     groups: dict[Any, list[tuple[str, VQLinear]]] = {}
+    same_input = _same_input(weight)
     for path, layer in quantized(weight):
         if layer.order is None and not layer.stacked and not unsupported(layer.layout, dtype):
             alike = dataclasses.replace(layer.layout, out_features=1)
-            groups.setdefault((_SHARED_INPUT.sub("", path), alike), []).append((path, layer))
+            groups.setdefault((same_input.get(path, path), alike), []).append((path, layer))
     found: dict[str, VQLinear] = {}
     for group in groups.values():
         arrays = _packed([layer.array for _, layer in group], dtype, donate)
@@ -185,6 +183,16 @@ def quantized(module: nnx.Module) -> Iterator[tuple[str, VQLinear]]:
     for path, part in parts.items():
         if isinstance(part, VQLinear) and path not in tables:
             yield path, part
+
+
+def _same_input(module: nnx.Module) -> dict[str, str]:
+    """For every layer that its owner names in `shared_inputs`: the path of the first that reads the same input."""
+    found: dict[str, str] = {}
+    for path, part in nnx.iter_modules(module):
+        owner = "".join(f"{key}." for key in path)
+        for names in getattr(part, "shared_inputs", ()):
+            found |= {owner + name: owner + names[0] for name in names}
+    return found
 
 
 def _packed(weights: list[VQArray], dtype: Any, donate: bool) -> list[Packed]:
