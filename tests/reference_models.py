@@ -34,6 +34,7 @@ FAMILIES = {
     "llama": (transformers.LlamaConfig, "LlamaForCausalLM"),
     "mistral": (transformers.MistralConfig, "MistralForCausalLM"),
     "qwen2": (transformers.Qwen2Config, "Qwen2ForCausalLM"),
+    "qwen3": (transformers.Qwen3Config, "Qwen3ForCausalLM"),
 }
 
 

@@ -38,6 +38,8 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -92,6 +94,15 @@ def llama(**kwargs):
     return model
 
 
+def norms_apart(model):
+    """The model with random weights of its norms."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
 def torch_logits(model):
     with torch.no_grad():
         return model(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
@@ -114,6 +125,15 @@ def test_qwen2_keeps_its_row_order_and_biases(tmp_path):
             torch.nn.init.normal_(parameter, std=0.3)
     loaded = load_gguf(write_gguf(tmp_path / "m.gguf", model, "qwen2"))
     assert loaded.config.model_type == "qwen2"
+    np.testing.assert_allclose(np.asarray(loaded(TOKENS)), torch_logits(model), atol=2e-5)
+
+
+def test_qwen3_norms_its_heads(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TINY, head_dim=32)).eval()
+    file = write_gguf(tmp_path / "m.gguf", norms_apart(model), "qwen3", edit=lambda w: w.add_key_length(32))
+    loaded = load_gguf(file)
+    assert loaded.config.model_type == "qwen3"
     np.testing.assert_allclose(np.asarray(loaded(TOKENS)), torch_logits(model), atol=2e-5)
 
 
@@ -343,7 +363,7 @@ def test_metadata_that_cannot_be_used(tmp_path, edit, error, message):
 
 
 def test_another_architecture_is_refused(tmp_path):
-    with pytest.raises(NotImplementedError, match="architecture 'gemma'; supported are llama, qwen2"):
+    with pytest.raises(NotImplementedError, match="architecture 'gemma'; supported are llama, qwen2, qwen3"):
         load_gguf(write_gguf(tmp_path / "m.gguf", llama(), "gemma"))
 
 

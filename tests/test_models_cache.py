@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_models import random_model, random_tokens
+from reference_models import jax_model, random_model, random_tokens, torch_logits, torch_model
 from test_models_logits import LLAMA3, YARN, rope
 
 from vptq_jax.lm.cache import LayerCache
@@ -24,6 +24,7 @@ MODELS = {
     "mistral, window": ("mistral", {"sliding_window": 7}),
     "mistral, window of one": ("mistral", {"sliding_window": 1}),
     "qwen2, mixed": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 12}),
 }
 
 
@@ -39,6 +40,20 @@ def test_cache_equals_no_cache(name, prompt):
         np.testing.assert_allclose(logits, expected[:, position - 1], atol=1e-4)
         logits, cache = step(model, tokens[:, position], cache)
     np.testing.assert_allclose(logits, expected[:, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mistral, window", "qwen3"])
+def test_cached_decoding_equals_transformers(name):
+    family, options = MODELS[name]
+    reference = torch_model(family, **options)
+    tokens = random_tokens(2, 30)
+    expected = torch_logits(reference, tokens)
+    model = jax_model(reference)
+    logits, cache = prefill(model, jnp.asarray(tokens[:, :12]), jnp.zeros(2, jnp.int32))
+    for position in range(12, 30):
+        assert np.abs(logits - expected[:, position - 1]).max() <= 2e-4
+        logits, cache = step(model, jnp.asarray(tokens[:, position]), cache)
+    assert np.abs(logits - expected[:, -1]).max() <= 2e-4
 
 
 @pytest.mark.parametrize("name", MODELS)

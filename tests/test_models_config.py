@@ -66,10 +66,11 @@ def test_yarn_takes_what_is_missing_from_the_context():
         ("llama", {"num_kv_heads": 4, "max_position_embeddings": 2048, "eos_token_id": (2,), "sliding_window": None}),
         ("mistral", {"num_kv_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}),
         ("qwen2", {"num_kv_heads": 32, "attention_bias": True, "attention_out_bias": False, "eos_token_id": ()}),
+        ("qwen3", {"num_kv_heads": 32, "attention_bias": False, "head_dim": 128, "sliding_window": None}),
     ],
 )
 def test_silence_means_the_family_default(family, expected):
-    heads = {"llama": 4, "mistral": 8, "qwen2": 32}[family]
+    heads = {"llama": 4, "mistral": 8, "qwen2": 32, "qwen3": 32}[family]
     config = read(model_type=family, num_attention_heads=heads, hidden_size=2 * heads, num_key_value_heads=...)
     assert {name: getattr(config, name) for name in expected} == expected
     defaults = FAMILIES[family][0](
@@ -78,6 +79,7 @@ def test_silence_means_the_family_default(family, expected):
     )
     assert config.num_kv_heads == defaults.num_key_value_heads
     assert config.max_position_embeddings == defaults.max_position_embeddings
+    assert config.head_dim == getattr(defaults, "head_dim", 2)
     assert config.rms_norm_eps == defaults.rms_norm_eps
     assert config.tie_word_embeddings == defaults.tie_word_embeddings
 
@@ -131,7 +133,7 @@ def test_round_trip_through_json_and_transformers(family, options):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2', which is not supported; supported: llama, mistral, qwen2"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2', which is not supported; supported: llama, mistral, qwen2, "),
         ({"model_type": ...}, "model_type is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', which is not supported; supported: silu"),
         ({"hidden_size": ...}, "hidden_size is missing; expected a whole number"),

@@ -67,6 +67,15 @@ CASES = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "qwen3": ("qwen3", {"head_dim": 12}),
+    "qwen3, biases, tied, yarn": (
+        "qwen3",
+        {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 6, **rope("yarn", **YARN)},
+    ),
+    "qwen3, windows in upper layers": (
+        "qwen3",
+        {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
 }
 
 
@@ -90,7 +99,7 @@ def test_long_inputs_equal_transformers(case):
     assert np.abs(jax_model(reference)(tokens) - torch_logits(reference, tokens)).max() <= 2e-4
 
 
-@pytest.mark.parametrize("case", ["all biases", "mistral, window", "qwen2", "tied", "yarn"])
+@pytest.mark.parametrize("case", ["all biases", "mistral, window", "qwen2", "qwen3", "tied", "yarn"])
 @pytest.mark.parametrize("scale", [0.02, 0.15, 0.3])
 def test_bf16_logits_are_near_float32(case, scale):
     family, options = CASES[case]

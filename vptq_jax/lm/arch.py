@@ -15,6 +15,8 @@ _GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -40,12 +42,13 @@ class Architecture:
         hf_class: the class in transformers.
         attention, mlp: names of the linear layers in forward order; those that read one input stand together.
         attention_norms, mlp_norms: the norms around the halves of a block.
+        qk_norm: every head of q and k is normalized before it is rotated, by `q_norm` and `k_norm`.
         qkv_bias: q, k and v always have a bias.
         bias_keys: which of `attention_bias` (q, k, v and o) and `mlp_bias` a config.json has.
         windows: the layers that have the sliding window, unless the config lists them: none of them, all, or those
             from `max_window_layers` on.
-        max_position_embeddings, num_kv_heads, bos_token_id, eos_token_id, sliding_window: what a config.json means
-            that does not say; None as `num_kv_heads` means as many as heads.
+        max_position_embeddings, num_kv_heads, head_dim, bos_token_id, eos_token_id, sliding_window: what a config.json
+            means that does not say; None means as many as heads, and what the heads make of the hidden size.
         gguf: `general.architecture` of its GGUF files.
         gguf_names: name in GGUF files of every module (within its layer).
         gguf_interleaved: the two halves of every head of q and k are interleaved in GGUF files.
@@ -56,11 +59,13 @@ class Architecture:
     mlp: tuple[tuple[str, ...], ...] = (("gate_proj", "up_proj"), ("down_proj",))
     attention_norms: Norms = _BEFORE_ATTENTION
     mlp_norms: Norms = _BEFORE_MLP
+    qk_norm: bool = False
     qkv_bias: bool = False
     bias_keys: tuple[str, ...] = ()
     windows: Literal["none", "all", "upper"] = "none"
     max_position_embeddings: int
     num_kv_heads: int | None = None
+    head_dim: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     sliding_window: int | None = None
@@ -103,6 +108,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         num_kv_heads=32,
         sliding_window=4096,
         gguf="qwen2",
+    ),
+    "qwen3": Architecture(
+        hf_class="Qwen3ForCausalLM",
+        qk_norm=True,
+        bias_keys=("attention_bias",),
+        windows="upper",
+        max_position_embeddings=32768,
+        num_kv_heads=32,
+        head_dim=128,
+        sliding_window=4096,
+        gguf="qwen3",
     ),
 }
 """By `model_type`."""

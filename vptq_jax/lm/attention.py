@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vptq_jax.lm.cache import LayerCache
 from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.norm import make_norm
 from vptq_jax.lm.params import ParamSource
 from vptq_jax.lm.rope import Rotary, rotate
 from vptq_jax.nn.linear import Unnormalized, project
@@ -18,22 +19,27 @@ QUERY_CHUNK = 256
 
 
 class Attention(nnx.Module):
-    """Self-attention of one layer; the weights of q, k, v and o under `name` of the source."""
+    """Self-attention of one layer; the weights of its linear layers and norms under `name` of the source."""
 
     def __init__(self, config: ModelConfig, layer: int, source: ParamSource, name: str):
         hidden, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
         bias = config.attention_bias
-        self.shared_inputs = config.architecture.attention
+        self.shared_inputs, self.qk_norm = config.architecture.attention, config.architecture.qk_norm
         self.head_dim, self.window = config.head_dim, config.window(layer)
         self.q_proj = source.linear(f"{name}.q_proj", heads * self.head_dim, hidden, bias=bias)
         self.k_proj = source.linear(f"{name}.k_proj", kv_heads * self.head_dim, hidden, bias=bias)
         self.v_proj = source.linear(f"{name}.v_proj", kv_heads * self.head_dim, hidden, bias=bias)
+        if self.qk_norm:
+            self.q_norm = make_norm(config, source, f"{name}.q_norm", self.head_dim)
+            self.k_norm = make_norm(config, source, f"{name}.k_norm", self.head_dim)
         self.o_proj = source.linear(f"{name}.o_proj", hidden, heads * self.head_dim, bias=config.attention_out_bias)
 
     def _heads(self, x: Float[Array, "B T hidden"] | Unnormalized, at: Rotary) -> tuple[Array, Array, Array]:
         q, k, v = (
             y.reshape(*y.shape[:-1], -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, at), rotate(k, at).swapaxes(1, 2), v.swapaxes(1, 2)
 
     def __call__(self, x: Float[Array, "B T hidden"] | Unnormalized, at: Rotary) -> Float[Array, "B T hidden"]:

@@ -240,7 +240,7 @@ def _read_fields(reader: Reader, model_type: str) -> dict[str, Any]:
         if "num_key_value_heads" in reader.raw
         else architecture.num_kv_heads
     ) or heads
-    head_dim = reader.integer("head_dim", None, low=1)
+    head_dim = reader.integer("head_dim", None if "head_dim" in reader.raw else architecture.head_dim, low=1)
     if head_dim is None and fields["hidden_size"] and heads and heads > 0:
         if fields["hidden_size"] % heads:
             reader.problems.append(

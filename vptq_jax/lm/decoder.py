@@ -83,7 +83,10 @@ class Block(nnx.Module):
     def norms(self) -> dict[str, RMSNorm]:
         """The norms, by path within the block."""
         names = (*self.attention_norms, *self.mlp_norms)
-        return {name: getattr(self, name) for name in names if name is not None}
+        found = {name: getattr(self, name) for name in names if name is not None}
+        if self.self_attn.qk_norm:
+            found |= {f"self_attn.{name}": getattr(self.self_attn, name) for name in ("q_norm", "k_norm")}
+        return found
 
     def _finish(self, h: Array, y: Array) -> Array:
         """The block's output, from its input and what attention made of that."""
