@@ -284,7 +284,7 @@ def _quantized(path: str, layer: VQLinear, swapped: bool) -> Iterator[tuple[str,
         source = _EXCHANGED.get(field, field) if swapped else field
         layout = layer.layout
         if field == "indices":
-            shape: tuple[int, ...] = (layout.num_groups, layout.num_vectors, layout.packed_words)
+            shape = (layout.num_groups, layout.num_vectors, layout.packed_words)
             dtype = np.dtype(np.int32)
         else:
             variable = getattr(layer, source)
