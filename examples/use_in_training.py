@@ -2,9 +2,9 @@
 
     python examples/use_in_training.py --steps 300
 
-The three matrices of a small gated network are quantized one by one, then the codebooks, scales and
-offsets learn together to give the outputs of the original network. The packed indices are not
-trained, so the layers keep their size.
+The three matrices of a small gated network are quantized in the metric of their own inputs, then the
+codebooks, scales and offsets learn together to give the outputs of the original network. The packed
+indices are not trained, so the layers keep their size.
 """
 
 from __future__ import annotations
@@ -17,35 +17,21 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vptq_jax.nn.linear import Linear, VQLinear
-from vptq_jax.quantization.search import quantize_weight
+import vptq_jax as vq
 
 WIDTH, INNER = 64, 128
 
 
 class GatedNetwork(nnx.Module):
-    """`down(silu(gate(x)) * up(x))`, from dense or quantized layers."""
+    """`down(silu(gate(x)) * up(x))`, an ordinary module."""
 
-    def __init__(self, gate: Linear | VQLinear, up: Linear | VQLinear, down: Linear | VQLinear):
-        self.gate, self.up, self.down = gate, up, down
-
-    def inner(self, x: Float[Array, "T width"]) -> Float[Array, "T inner"]:
-        """What `down` reads."""
-        return jax.nn.silu(self.gate(x)) * self.up(x)
+    def __init__(self, rngs: nnx.Rngs):
+        self.gate = nnx.Linear(WIDTH, INNER, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(WIDTH, INNER, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(INNER, WIDTH, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "T width"]) -> Float[Array, "T width"]:
-        return self.down(self.inner(x))
-
-
-def quantized(network: GatedNetwork, x: Float[Array, "T width"], spec: str) -> GatedNetwork:
-    """The network with each matrix quantized in the metric of its own inputs."""
-    inputs = {"gate": x, "up": x, "down": network.inner(x)}
-    layers = {}
-    for seed, (name, values) in enumerate(inputs.items()):
-        hessian = values.T @ values / len(values)
-        weight, _ = quantize_weight(getattr(network, name).weight[...], hessian, spec, key=jax.random.key(seed))
-        layers[name] = VQLinear(weight)
-    return GatedNetwork(**layers)
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
 def main(arguments: list[str] | None = None) -> tuple[float, float]:
@@ -55,25 +41,23 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--spec", default="v4-k256")
     options = parser.parse_args(arguments)
 
-    keys = jax.random.split(jax.random.key(0), 5)
-    teacher = GatedNetwork(
-        gate=Linear(jax.random.normal(keys[0], (INNER, WIDTH)) / WIDTH**0.5),
-        up=Linear(jax.random.normal(keys[1], (INNER, WIDTH)) / WIDTH**0.5),
-        down=Linear(jax.random.normal(keys[2], (WIDTH, INNER)) / INNER**0.5),
-    )
-    train, test = jax.random.normal(keys[3], (4096, WIDTH)), jax.random.normal(keys[4], (1024, WIDTH))
-    student = quantized(teacher, train, options.spec)
+    keys = jax.random.split(jax.random.key(0), 2)
+    train, test = jax.random.normal(keys[0], (4096, WIDTH)), jax.random.normal(keys[1], (1024, WIDTH))
+    teacher = GatedNetwork(nnx.Rngs(0))
+    hessians = vq.collect_hessians(teacher, [train], progress=False)
+    student, _ = vq.quantize(teacher, options.spec, hessians, progress=False)
+    student = vq.trainable(student)
 
     def loss(student: GatedNetwork, x: Array) -> Array:
         y = teacher(x)
         return jnp.mean((student(x) - y) ** 2) / jnp.mean(y**2)
 
-    # nnx.Param: codebooks, scale, offset and bias. Indices and permutation are variables of another kind.
-    optimizer = nnx.Optimizer(student, optax.adam(1e-3), wrt=nnx.Param)
+    # VQParam: codebooks, scale and offset. Indices and permutation are variables of another kind.
+    optimizer = nnx.Optimizer(student, optax.adam(1e-3), wrt=vq.VQParam)
 
     @nnx.jit
     def step(student: GatedNetwork, optimizer: nnx.Optimizer, x: Array) -> Array:
-        error, gradient = nnx.value_and_grad(loss)(student, x)
+        error, gradient = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, vq.VQParam))(student, x)
         optimizer.update(student, gradient)
         return error
 

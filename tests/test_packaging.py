@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,18 @@ def test_public_names():
     assert vptq_jax.__version__ == importlib.metadata.version("vptq_jax")
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         _ = vptq_jax.quantise
+
+
+def test_names_in_the_readme_exist():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        tree = ast.parse(block)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                exec(compile(ast.Module([node], []), "README.md", "exec"), {})
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "vq":
+                assert node.attr in vptq_jax.__all__, node.attr
 
 
 def test_no_module_hides_a_public_name():
