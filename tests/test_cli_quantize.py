@@ -132,7 +132,7 @@ def test_saved_hessians_of_an_interrupted_run_are_used_again(run, tmp_path, monk
     assert "the same command continues from there" in error
     assert names(tmp_path) == ["h", "out.partial"]
     monkeypatch.undo()
-    monkeypatch.setattr("vptq_jax.cli.quantize.collect_hessians", None)
+    monkeypatch.setattr("vptq_jax.cli.quantize_run.collect_hessians", None)
     code, error = run(tmp_path / "out", *options)
     assert code == 0, error
     assert names(tmp_path) == ["h", "out"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vptq_jax.convert.hf import load_hf
-from vptq_jax.lm import data
+from vptq_jax.lm import data, evaluation
 from vptq_jax.lm.evaluation import perplexity
 
 
