@@ -24,7 +24,7 @@ from vptq_jax.convert.safetensors_writer import LazyTensor, write_sharded
 from vptq_jax.convert.source import check_dtype
 from vptq_jax.convert.tokenizer import save_tokenizer
 from vptq_jax.convert.vptq_format import SWAPPED, TENSORS, swap_codebooks
-from vptq_jax.extras import progress_bar
+from vptq_jax.extras import byte_bar
 from vptq_jax.files import Kind, new_directory
 from vptq_jax.json_files import TOKENIZER_FILES, read_json
 from vptq_jax.lm.config import ModelConfig
@@ -137,7 +137,7 @@ def export(
     raise_problems("the model cannot be exported", plan.problems)
     with (
         new_directory(path, kind=KIND, overwrite=overwrite) as temporary,
-        progress_bar(progress, total=plan.nbytes, unit="B", unit_scale=True, desc="writing") as bar,
+        byte_bar(progress, plan.nbytes, "writing") as bar,
     ):
         files = write_sharded(temporary, plan.tensors, max_bytes=max_shard_bytes, progress=bar.update)
         _write_json(temporary / "config.json", plan.config)

@@ -14,7 +14,7 @@ import numpy as np
 from vptq_jax.convert.gguf_reader import GGUFFile
 from vptq_jax.convert.hf import nonfinite_problems
 from vptq_jax.convert.source import HeaderSource, StoredSource, check_dtype
-from vptq_jax.extras import need, progress_bar
+from vptq_jax.extras import byte_bar, need
 from vptq_jax.lm.arch import Architecture, gguf_architectures, model_type_of_gguf
 from vptq_jax.lm.config import ModelConfig, RopeConfig
 from vptq_jax.lm.decoder import Decoder
@@ -55,7 +55,7 @@ def load_gguf(path: str | Path, *, dtype: Any = None, progress: bool = False) ->
     stored = open_gguf(path)
     tokenizer = tokenizer_of(stored.file)
     total = sum(math.prod(shape) for shape in Requirements(stored.config).shapes.values()) * target.itemsize
-    with progress_bar(progress, total=total, unit="B", unit_scale=True, desc="reading") as bar:
+    with byte_bar(progress, total, "reading") as bar:
         source = StoredSource(lambda name: stored.read(name, target), bar.update)
         model = build(dataclasses.replace(stored.config, dtype=target.name), source)
     model.tokenizer = tokenizer

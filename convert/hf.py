@@ -13,7 +13,7 @@ import numpy as np
 from vptq_jax.convert.safetensors_reader import SafetensorsFiles, find_nonfinite
 from vptq_jax.convert.source import FLOATS, HeaderSource, StoredSource, check_dtype
 from vptq_jax.convert.tokenizer import load_tokenizer
-from vptq_jax.extras import progress_bar
+from vptq_jax.extras import byte_bar
 from vptq_jax.json_files import read_json, resolve_directory
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.decoder import Decoder
@@ -79,7 +79,7 @@ def load_hf(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False
     """
     target = check_dtype(dtype)
     stored = open_hf(path_or_id)
-    with progress_bar(progress, total=stored.files.nbytes, unit="B", unit_scale=True, desc="reading") as bar:
+    with byte_bar(progress, stored.files.nbytes, "reading") as bar:
         source = StoredSource(lambda name: stored.files.read(name, target), bar.update)
         model = build(stored.config, source)
     return finish(model, stored.directory)

@@ -25,7 +25,7 @@ from vptq_jax.convert.hf import (
 )
 from vptq_jax.convert.safetensors_reader import SafetensorsFiles
 from vptq_jax.convert.source import FLOATS, HeaderSource, StoredSource, check_dtype, to_device
-from vptq_jax.extras import progress_bar
+from vptq_jax.extras import byte_bar
 from vptq_jax.json_files import read_json, resolve_directory
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.decoder import Decoder
@@ -136,7 +136,7 @@ def load_vptq(path_or_id: str | Path, *, dtype: Any = None, progress: bool = Fal
     target = check_dtype(dtype)
     stored = open_vptq(path_or_id)
     raise_problems(f"{stored.directory} holds values that cannot be", content_problems(stored))
-    with progress_bar(progress, total=stored.files.nbytes, unit="B", unit_scale=True, desc="reading") as bar:
+    with byte_bar(progress, stored.files.nbytes, "reading") as bar:
         model = build(stored.config, _VPTQSource(stored, target, bar.update))
     return finish(model, stored.directory)
 

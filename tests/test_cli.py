@@ -475,7 +475,7 @@ def raise_version(file: Path) -> bool:
 
 
 def test_interruption_leaves_finished_layers_to_continue_from(run, tiny_hf, quantized, tmp_path, monkeypatch):
-    from vptq_jax.lm import quantizer as driver
+    from vptq_jax.nn import quantizer as driver
 
     command = ("quantize", tiny_hf, tmp_path / "out", "--spec", SPEC, *QUICK)
     real, calls = driver.quantize_weight, []

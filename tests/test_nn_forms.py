@@ -277,4 +277,4 @@ def test_forms_of_a_module_of_ones_own():
     module, x = Two(), activations(3, 16)
     student = forms.trainable(forms.unpack(vq.pack(module, target="sm_90")))
     np.testing.assert_allclose(student(x).astype(jnp.float32), module(x).astype(jnp.float32), rtol=0.02, atol=1e-3)
-    assert [path for path, _ in forms.quantized(module)] == ["layers.0", "layers.1", "named.last"]
+    assert list(forms.quantized(module)) == ["layers.0", "layers.1", "named.last"]

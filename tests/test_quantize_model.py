@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vptq_jax.lm import quantizer as driver
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.decoder import Decoder
 from vptq_jax.lm.hessians import collect_hessians
 from vptq_jax.lm.params import DenseSource, RandomSource
-from vptq_jax.lm.quantizer import StreamedModel, operator_key, quantize
+from vptq_jax.lm.quantizer import StreamedModel, quantize
 from vptq_jax.lm.registry import build
+from vptq_jax.nn import quantizer as driver
 from vptq_jax.nn.hessians import Hessians
 from vptq_jax.nn.linear import Linear, VQLinear
+from vptq_jax.nn.quantizer import operator_key
 from vptq_jax.quantization.search import quantize_weight
 from vptq_jax.spec import QuantConfig, VQSpec
 

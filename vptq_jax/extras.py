@@ -66,3 +66,8 @@ def progress_bar(shown: bool, **options: Any) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(**options)
+
+
+def byte_bar(shown: bool, total: int, what: str) -> Any:
+    """`progress_bar` over the bytes of files that are read or written."""
+    return progress_bar(shown, total=total, unit="B", unit_scale=True, desc=what)

@@ -69,6 +69,9 @@ def vq_matmuls(
         raise NotImplementedError(f"implementation {implementation!r} does not exist; choose None or one of {names}")
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     rows = math.prod(x.shape[:-1])
+    if implementation in ("xla", "reference"):
+        product = reference.vq_matmul if implementation == "reference" else xla.vq_matmul
+        return _portable(product, x, norm, weights, out_dtype)
     ahead = implementation == "mosaic" and _all_traced(x, weights)
     reasons = [_why_not_mosaic(x, weight, rows, ahead) for weight in weights]
     reason = next((reason for reason in reasons if reason), None)
@@ -78,15 +81,14 @@ def vq_matmuls(
             raise NotImplementedError(f"implementation 'mosaic' cannot run: {reason}")
         ready = [weight if isinstance(weight, Packed) else packed.pack(weight, dtype=x.dtype) for weight in weights]
         return _matmuls(x, ready, norm, out_dtype)
-    if implementation is None and not reason and len(in_kernel_order) == len(weights):
+    if not reason and len(in_kernel_order) == len(weights):
         return _matmuls(x, in_kernel_order, norm, out_dtype)
-    if implementation is None and rows:
+    if rows:
         if in_kernel_order:
             dispatch.warn_fallback("vq_matmul of a packed weight", reason or "others beside it are not packed", _UNPACK)
         elif dispatch.why_no_mosaic(dispatch.devices_of(x, weights)) is None:
             dispatch.warn_fallback("vq_matmul", reason or "the weight is a VQArray", _PACK)
-    product = reference.vq_matmul if implementation == "reference" else xla.vq_matmul
-    return _portable(product, x, norm, weights, out_dtype)
+    return _portable(xla.vq_matmul, x, norm, weights, out_dtype)
 
 
 _PACK = "pack(weight, dtype=jnp.bfloat16) once for the kernel, or choose implementation='xla'"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import os
 import re
@@ -31,9 +30,8 @@ from vptq_jax.lm.streamed import StreamedModel
 from vptq_jax.lm.workdir import WorkDir
 from vptq_jax.nn.hessians import Hessians
 from vptq_jax.nn.linear import Linear, VQLinear
-from vptq_jax.nn.quantizer import quantize_module
+from vptq_jax.nn.quantizer import quantize_module, quantize_operator, raise_unfit, unfit
 from vptq_jax.quantization.linalg import check_hessian
-from vptq_jax.quantization.search import check_centroids, check_finite, quantize_weight, store
 from vptq_jax.spec import QuantConfig, VQSpec
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
@@ -191,28 +189,17 @@ def plan(model: ModelConfig, config: QuantConfig) -> dict[str, VQSpec]:
                 stacklevel=3,
             )
     specs: dict[str, VQSpec] = {}
-    problems = []
+    problems: list[str] = []
     for path, shape in shapes.items():
         spec = config.spec_for(path, decoder_linear=path not in (_EMBEDDING, _HEAD))
         if spec is None:
             continue
         specs[path] = spec
-        try:
-            check_centroids(spec.layout(*shape))
-        except ValueError as error:
-            problems.append(f"  {path} {list(shape)} with spec {spec}: {error}")
-    if problems:
-        listed = problems[:20] + ["  ..."] * (len(problems) > 20)
-        raise ValueError(f"{len(problems)} layers cannot be quantized as asked:\n" + "\n".join(listed))
+        problems += unfit(path, shape, spec)
+    raise_unfit(problems)
     if not specs:
         raise ValueError("no layer has a spec: the default spec is None and no rule gives another one")
     return specs
-
-
-def operator_key(seed: int, path: str) -> Array:
-    """The PRNG key of one operator: independent of the order of work and of all other operators."""
-    name = hashlib.blake2b(path.encode(), digest_size=4).digest()
-    return jax.random.fold_in(jax.random.key(seed), int.from_bytes(name, "little"))
 
 
 class _Shell:
@@ -297,22 +284,7 @@ class _Operators:
     ) -> tuple[VQArray, dict[str, Any]]:
         hessian = jnp.asarray(calibration.hessian(path))
         started = time.perf_counter()
-        config = self._config
-        array, stats = quantize_weight(
-            weight,
-            hessian,
-            self._specs[path],
-            key=operator_key(config.seed, path),
-            kmeans_iters=config.kmeans_iters,
-            samples_per_centroid=config.samples_per_centroid,
-            rounds=config.rounds,
-            tolerance=config.tolerance,
-            damping=config.damping,
-            name=path,
-        )
-        array, error, wide = store(array, jnp.asarray(weight), hessian, stats["error"])
-        stats |= {"error": error} | ({"wide": wide} if wide else {})
-        check_finite(array, {"error": error}, path)
+        array, stats = quantize_operator(path, weight, hessian, self._specs[path], self._config)
         array = jax.block_until_ready(array)
         return array, stats | {"seconds": time.perf_counter() - started}
 

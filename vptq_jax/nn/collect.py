@@ -20,7 +20,7 @@ from vptq_jax.nn.contraction import Contraction
 from vptq_jax.nn.hessians import KIND, Hessians, read_hessians, write_file
 from vptq_jax.nn.linear import VQLinear
 from vptq_jax.nn.moments import Moment
-from vptq_jax.nn.surgery import contraction_of, kernel_of, linears, replace
+from vptq_jax.nn.surgery import contraction_of, kernel_of, linears, modules, replace
 
 
 class MomentState(nnx.Variable):
@@ -56,13 +56,12 @@ class Tap(nnx.Module):
             raise ValueError(
                 f"{path} was never called with the calibration batches; leave it out, or pass another call"
             )
-        exact = np.asarray(self.total[...], np.float64) + np.asarray(self.lost[...], np.float64)
-        if not np.isfinite(exact).all():
+        mean = Moment(self.total[...], self.lost[...]).mean(int(self.rows[...]))
+        if not np.isfinite(mean).all():
             raise ValueError(
                 f"the calibration data gives {path} inputs that are NaN, infinite or have squares beyond float32, "
                 "expected finite ones"
             )
-        mean = (exact / float(self.rows[...])).astype(np.float32)
         return (mean + np.swapaxes(mean, -1, -2)) / 2
 
 
@@ -110,7 +109,7 @@ def collect(
         temporary = stack.enter_context(new_directory(directory, kind=KIND)) if directory is not None else None
         bar = stack.enter_context(progress_bar(progress, desc="Hessians", unit="batch"))
         for group in groups:
-            for path, mean in _observe(module, {path: layers[path] for path in group}, batches, call, bar):
+            for path, mean in _observe(module, group, batches, call, bar):
                 if temporary is None:
                     found[path] = mean
                 else:
@@ -122,15 +121,15 @@ def collect(
 
 
 def _observe(
-    module: nnx.Module, layers: dict[str, Any], batches: Iterable[Any], call: Callable | None, bar: Any
+    module: nnx.Module, paths: list[str], batches: Iterable[Any], call: Callable | None, bar: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
     copy = replace(module, {})  # what is compiled writes its variables anew
-    own = linears(copy)
+    layers = linears(copy)
     taps = {}
-    for path, layer in layers.items():
-        contraction = contraction_of(layer)
+    for path in paths:
+        contraction = contraction_of(layers[path])
         assert contraction is not None
-        taps[path] = Tap(own[path], contraction, kernel_of(layer).shape)
+        taps[path] = Tap(layers[path], contraction, kernel_of(layers[path]).shape)
     tapped = replace(copy, taps)
 
     @nnx.jit
@@ -144,6 +143,6 @@ def _observe(
         seen = True
     if not seen:
         raise ValueError("there are no calibration batches")
-    parts = {".".join(map(str, path)): part for path, part in nnx.iter_modules(tapped) if isinstance(part, Tap)}
-    for path in layers:
+    parts: dict[str, Any] = modules(tapped)
+    for path in paths:
         yield path, parts[path].mean(path)

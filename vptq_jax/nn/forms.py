@@ -6,7 +6,6 @@ Each function returns something new and leaves what it was given as it is. Array
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -16,7 +15,7 @@ from flax import nnx
 
 from vptq_jax.array import VQArray
 from vptq_jax.nn.linear import FLOATS, VQLinear
-from vptq_jax.nn.surgery import replace
+from vptq_jax.nn.surgery import modules, replace
 from vptq_jax.pallas import dispatch
 from vptq_jax.pallas.vq_matmul import Packed, choose_order
 from vptq_jax.pallas.vq_matmul import pack as pack_array
@@ -46,17 +45,17 @@ def pack(weight: Any, *, dtype: Any = None, target: str | None = None, donate: b
         raise NotImplementedError(f"target {target!r} has no kernels; expected one of {known}")
     if isinstance(weight, Packed):
         return weight
-    if isinstance(weight, VQArray):
-        if target is None and (reason := dispatch.why_no_mosaic(dispatch.devices_of(weight))):
-            raise NotImplementedError(f"no kernel runs here: {reason}; target='sm_90' packs for another machine")
-        return _packed([weight], dtype or jnp.bfloat16, donate)[0]
-    _check_module(weight, "a VQArray or a module")
-    if target is None and (reason := dispatch.why_no_mosaic(_devices(weight))):
+    if not isinstance(weight, VQArray):
+        _check_module(weight, "a VQArray or a module")
+    leaves = weight if isinstance(weight, VQArray) else nnx.state(weight)
+    if target is None and (reason := dispatch.why_no_mosaic(dispatch.devices_of(leaves))):
         raise NotImplementedError(f"no kernel runs here: {reason}; target='sm_90' packs for another machine")
+    if isinstance(weight, VQArray):
+        return _packed([weight], dtype or jnp.bfloat16, donate)[0]
     dtype = jnp.dtype(dtype or _activations(weight))
     groups: dict[Any, list[tuple[str, VQLinear]]] = {}
     same_input = _same_input(weight)
-    for path, layer in quantized(weight):
+    for path, layer in quantized(weight).items():
         if layer.order is None and not layer.stacked and not unsupported(layer.layout, dtype):
             alike = dataclasses.replace(layer.layout, out_features=1)
             groups.setdefault((same_input.get(path, path), alike), []).append((path, layer))
@@ -82,7 +81,7 @@ def unpack(weight: Any, *, donate: bool = False) -> Any:
     if isinstance(weight, VQArray):
         return weight
     _check_module(weight, "a Packed or a module")
-    layers = {path: layer for path, layer in quantized(weight) if layer.order is not None}
+    layers = {path: layer for path, layer in quantized(weight).items() if layer.order is not None}
     return replace(
         weight, {path: layer.with_weight(unpack(layer.weight, donate=donate)) for path, layer in layers.items()}
     )
@@ -110,7 +109,7 @@ def trainable(weight: Any, dtype: Any = jnp.float32) -> Any:
         return dataclasses.replace(array, **{field: value.astype(dtype) for field, value in floats.items()})
     _check_module(weight, "a VQArray, a Packed or a module")
     found = {}
-    for path, layer in _all_quantized(weight):
+    for path, layer in _all_quantized(weight).items():
         before = {field: str(value.dtype) for field in FLOATS if (value := getattr(layer.array, field)) is not None}
         found[path] = layer.with_weight(trainable(layer.array, dtype), before | dict(layer.stored))
     return replace(weight, found)
@@ -143,7 +142,7 @@ def stored(module: Model) -> tuple[Model, Rounding]:
     vanishes in it shows.
     """
     layers, errors, wide = {}, [0.0], []
-    for path, layer in _all_quantized(module):
+    for path, layer in _all_quantized(module).items():
         parts = {}
         for field, dtype in layer.stored:
             value = getattr(layer.array, field)
@@ -170,29 +169,29 @@ def _relative_error(narrow: jax.Array, wide: jax.Array) -> jax.Array:
     return jnp.linalg.norm(difference.ravel()) / jnp.maximum(jnp.linalg.norm((wide / scale).ravel()), 1e-30)
 
 
-def _all_quantized(module: nnx.Module) -> Iterator[tuple[str, VQLinear]]:
-    for path, part in nnx.iter_modules(module):
-        if isinstance(part, VQLinear):
-            yield ".".join(map(str, path)), part
-
-
-def quantized(module: nnx.Module) -> Iterator[tuple[str, VQLinear]]:
+def quantized(module: nnx.Module) -> dict[str, VQLinear]:
     """Every quantized layer that multiplies, by path; not what its owner reads by rows and names in `tables`."""
-    parts = {".".join(map(str, path)): part for path, part in nnx.iter_modules(module)}
-    tables = {f"{path}.{name}".lstrip(".") for path, part in parts.items() for name in getattr(part, "tables", ())}
-    for path, part in parts.items():
-        if isinstance(part, VQLinear) and path not in tables:
-            yield path, part
+    parts = modules(module)
+    tables = {_below(path, name) for path, part in parts.items() for name in getattr(part, "tables", ())}
+    return {path: part for path, part in parts.items() if isinstance(part, VQLinear) and path not in tables}
+
+
+def _all_quantized(module: nnx.Module) -> dict[str, VQLinear]:
+    return {path: part for path, part in modules(module).items() if isinstance(part, VQLinear)}
 
 
 def _same_input(module: nnx.Module) -> dict[str, str]:
     """For every layer that its owner names in `shared_inputs`: the path of the first that reads the same input."""
-    found: dict[str, str] = {}
-    for path, part in nnx.iter_modules(module):
-        owner = "".join(f"{key}." for key in path)
-        for names in getattr(part, "shared_inputs", ()):
-            found |= {owner + name: owner + names[0] for name in names}
-    return found
+    return {
+        _below(path, name): _below(path, names[0])
+        for path, part in modules(module).items()
+        for names in getattr(part, "shared_inputs", ())
+        for name in names
+    }
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _packed(weights: list[VQArray], dtype: Any, donate: bool) -> list[Packed]:
@@ -215,10 +214,6 @@ def _activations(module: nnx.Module) -> np.dtype:
     dense = nnx.state(module, lambda path, part: type(part) is nnx.Param)
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(dense) if jnp.issubdtype(leaf.dtype, jnp.floating)}
     return np.dtype(jnp.float16 if dtypes == {np.dtype(jnp.float16)} else jnp.bfloat16)
-
-
-def _devices(module: nnx.Module) -> tuple[Any, ...]:
-    return dispatch.devices_of(nnx.state(module))
 
 
 def _check_module(value: Any, expected: str) -> None:

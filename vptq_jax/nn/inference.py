@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 
 from vptq_jax.nn.forms import pack, quantized
-from vptq_jax.nn.linear import VQLinear
 from vptq_jax.pallas import dispatch
 
 Model = TypeVar("Model", bound=nnx.Module)
 
 _lock = threading.Lock()
-_kept: dict[int, tuple[list[weakref.ref], nnx.Module]] = {}  # by id; some modules have no hash
+_kept: dict[int, tuple[list[weakref.ref], Any]] = {}  # by id; some modules have no hash
 
 
 def inference_form(module: Model, *, donate: bool = False) -> Model:
@@ -29,7 +28,7 @@ def inference_form(module: Model, *, donate: bool = False) -> Model:
         module: any module with quantized layers.
         donate: see `pack`; the module is of no use afterwards, and no twin is kept.
     """
-    layers = [layer for _, layer in quantized(module) if not layer.stacked]
+    layers = [layer for layer in quantized(module).values() if not layer.stacked]
     if all(layer.order is not None for layer in layers):
         return module
     devices = dispatch.devices_of(*(layer.weight for layer in layers if layer.order is None))
@@ -38,24 +37,24 @@ def inference_form(module: Model, *, donate: bool = False) -> Model:
             dispatch.warn_fallback("a quantized layer", reason, "put the model on one of them")
         return module
     if donate:
-        twin = pack(module, donate=True)
-        _warn_of_unpacked([layer for _, layer in quantized(twin) if not layer.stacked])
-        return twin
+        return _packed(module, donate=True)
     arrays = jax.tree.leaves(nnx.state(module))
     with _lock:
         known, twin = _kept.get(id(module), ([], module))
         if len(known) != len(arrays) or any(ref() is not array for ref, array in zip(known, arrays, strict=True)):
-            twin = pack(module)
+            twin = _packed(module, donate=False)
             if id(module) not in _kept:
                 weakref.finalize(module, _kept.pop, id(module), None)
             _kept[id(module)] = ([weakref.ref(array) for array in arrays], twin)
-        _warn_of_unpacked([layer for _, layer in quantized(twin) if not layer.stacked])
         return twin
 
 
-def _warn_of_unpacked(layers: list[VQLinear]) -> None:
-    for layer in layers:
-        if layer.order is None:
+def _packed(module: Model, donate: bool) -> Model:
+    """The packed module; warns of layers that no kernel takes."""
+    twin = pack(module, donate=donate)
+    for layer in quantized(twin).values():
+        if layer.order is None and not layer.stacked:
             dispatch.warn_fallback(
                 "a quantized layer", f"its vectors have {layer.layout.vector_len} components", "choose at most 16"
             )
+    return twin

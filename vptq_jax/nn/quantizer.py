@@ -85,21 +85,32 @@ def plan(
         )
     problems = []
     for path, spec in specs.items():
-        *stack, rows, columns = shapes[path]
-        try:
-            check_centroids(spec.layout(rows, columns))
-        except ValueError as error:
-            problems.append(f"  {path} {list(shapes[path])} with spec {spec}: {error}")
+        *stack, _, columns = shapes[path]
+        problems += unfit(path, shapes[path], spec)
         if hessians is not None:
             expected = (*stack, columns, columns)
             if path not in hessians:
                 problems.append(f"  {path}: there is no Hessian for it; collect them on this module")
             elif (found := np.shape(hessians.for_module(path))) != expected:
                 problems.append(f"  {path}: its Hessian has shape {list(found)}; expected {list(expected)}")
+    raise_unfit(problems)
+    return specs
+
+
+def unfit(path: str, shape: tuple[int, ...], spec: VQSpec) -> list[str]:
+    """A line about a spec that does not fit a layer of a shape; nothing where it does."""
+    try:
+        check_centroids(spec.layout(*shape[-2:]))
+    except ValueError as error:
+        return [f"  {path} {list(shape)} with spec {spec}: {error}"]
+    return []
+
+
+def raise_unfit(problems: list[str]) -> None:
+    """Raises ValueError with all lines about layers that cannot be quantized, if there are any."""
     if problems:
         listed = problems[:20] + ["  ..."] * (len(problems) > 20)
         raise ValueError(f"{len(problems)} layers cannot be quantized as asked:\n" + "\n".join(listed))
-    return specs
 
 
 def check_rules(config: QuantConfig, paths: Mapping[str, Any]) -> None:
@@ -115,28 +126,48 @@ def _quantized(
 ) -> tuple[VQArray, dict[str, Any]]:
     """One matrix, or a stack of them one after the other (they share a compiled program)."""
     if matrix.ndim == 2:
-        return _search(path, matrix, jnp.asarray(hessian), spec, config)
+        return quantize_operator(path, matrix, jnp.asarray(hessian), spec, config)
     found = []
     for index, (part, metric) in enumerate(zip(matrix, hessian, strict=True)):
         seen = metric if np.trace(metric) > 0 else np.eye(len(metric), dtype=np.float32)
-        found.append(_search(f"{path}[{index}]", part, jnp.asarray(seen), spec, config))
+        found.append(quantize_operator(f"{path}[{index}]", part, jnp.asarray(seen), spec, config))
     stats = {name: float(np.mean([each[name] for _, each in found])) for name in ("error", "damping", "dead_columns")}
     return _stacked([array for array, _ in found]), stats
 
 
-def _search(
-    path: str, matrix: Array, hessian: Array, spec: VQSpec, config: QuantConfig
+def quantize_operator(
+    path: str,
+    weight: Float[Array, "out in"],
+    hessian: Float[Array, "in in"],
+    spec: VQSpec,
+    config: QuantConfig,
 ) -> tuple[VQArray, dict[str, Any]]:
-    name = hashlib.blake2b(path.encode(), digest_size=4).digest()
-    key = jax.random.fold_in(jax.random.key(config.seed), int.from_bytes(name, "little"))
-    options = {
-        option: getattr(config, option)
-        for option in ("kmeans_iters", "samples_per_centroid", "rounds", "tolerance", "damping")
-    }
-    array, stats = quantize_weight(matrix, hessian, spec, key=key, name=path, **options)
-    array, error, wide = store(array, matrix, hessian, stats["error"])
+    """One matrix as a file takes it, and the stats of `quantize_weight` with the error of that form.
+
+    Raises:
+        ValueError: see `quantize_weight`; or the stored form is not finite.
+    """
+    array, stats = quantize_weight(
+        weight,
+        hessian,
+        spec,
+        key=operator_key(config.seed, path),
+        kmeans_iters=config.kmeans_iters,
+        samples_per_centroid=config.samples_per_centroid,
+        rounds=config.rounds,
+        tolerance=config.tolerance,
+        damping=config.damping,
+        name=path,
+    )
+    array, error, wide = store(array, jnp.asarray(weight), hessian, stats["error"])
     check_finite(array, {"error": error}, path)
     return array, stats | {"error": error} | ({"wide": wide} if wide else {})
+
+
+def operator_key(seed: int, path: str) -> Array:
+    """The PRNG key of one operator: independent of the order of work and of all other operators."""
+    name = hashlib.blake2b(path.encode(), digest_size=4).digest()
+    return jax.random.fold_in(jax.random.key(seed), int.from_bytes(name, "little"))
 
 
 def _row(path: str, spec: VQSpec, shape: tuple[int, ...], array: VQArray) -> dict[str, Any]:

@@ -12,13 +12,15 @@ from vptq_jax.nn.linear import Linear, VQLinear
 Model = TypeVar("Model", bound=nnx.Module)
 
 
+def modules(module: nnx.Module) -> dict[str, nnx.Module]:
+    """A module and everything in it, by path: names and list positions joined by dots."""
+    return {".".join(map(str, path)): part for path, part in nnx.iter_modules(module)}
+
+
 def linears(module: nnx.Module) -> dict[str, Any]:
     """Every `Linear`, `nnx.Linear`, `nnx.Einsum` with one contracted axis, and `VQLinear`, by path."""
-    found = {}
-    for path, part in nnx.iter_modules(module):
-        if isinstance(part, VQLinear) or contraction_of(part) is not None:
-            found[".".join(map(str, path))] = part
-    return found
+    parts = modules(module).items()
+    return {path: part for path, part in parts if isinstance(part, VQLinear) or contraction_of(part) is not None}
 
 
 def contraction_of(layer: Any) -> Contraction | None:
