@@ -228,7 +228,9 @@ def _manifest(model: Decoder, arrays: Mapping[str, Array]) -> dict[str, Any]:
 
 def _config_from(raw: Mapping[str, Any]) -> ModelConfig:
     lists = {key: tuple(value) for key, value in raw.items() if isinstance(value, list)}
-    return ModelConfig(**{**raw, **lists, "rope": RopeConfig(**raw["rope"])})
+    local = raw.get("local_rope")
+    ropes = {"rope": RopeConfig(**raw["rope"]), "local_rope": None if local is None else RopeConfig(**local)}
+    return ModelConfig(**{**raw, **lists, **ropes})
 
 
 class _ManifestSource(AbstractSource):

@@ -175,9 +175,10 @@ KIND = Kind("Hugging Face model", _files)
 def config_json(config: ModelConfig) -> dict[str, Any]:
     """A `config.json` for readers of transformers 5 and, with the older keys beside the newer, of transformers 4."""
     raw = config.to_hf()
-    rope = raw["rope_parameters"]
+    rope = config.rope.to_hf()
     scaling = None if rope["rope_type"] == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
-    return raw | {"torch_dtype": config.dtype, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    raw |= {"torch_dtype": config.dtype, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    return raw if config.local_rope is None else raw | {"rope_local_base_freq": config.local_rope.theta}
 
 
 def _config_problems(config: ModelConfig) -> Iterator[str]:

@@ -15,7 +15,7 @@ from vptq_jax.convert.gguf_reader import GGUFFile
 from vptq_jax.convert.hf import nonfinite_problems
 from vptq_jax.convert.source import HeaderSource, StoredSource, check_dtype
 from vptq_jax.extras import byte_bar, need
-from vptq_jax.lm.arch import Architecture, gguf_architectures, model_type_of_gguf
+from vptq_jax.lm.arch import ARCHITECTURES, Architecture, gguf_architectures, model_type_of_gguf
 from vptq_jax.lm.config import ModelConfig, RopeConfig
 from vptq_jax.lm.decoder import Decoder
 from vptq_jax.lm.registry import Requirements, build
@@ -88,7 +88,10 @@ class GGUFCheckpoint:
     names: dict[str, str]
 
     def read(self, name: str, dtype: Any = np.float32) -> np.ndarray:
-        """One tensor under its Hugging Face name, in Hugging Face's row order."""
+        """One tensor under its Hugging Face name, in Hugging Face's row order, norms without their offset."""
+        offset = self.config.architecture.norm_offset
+        if offset and name.endswith("norm.weight"):
+            return (self.file.read(self.names[name]) - np.float32(offset)).astype(dtype)
         return self.file.read(self.names[name], dtype, _row_positions(name, self.config))
 
     def abstract(self) -> Decoder:
@@ -157,12 +160,16 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     eps = meta.number("attention.layer_norm_rms_epsilon")
     context = meta.integer("context_length", low=1)
     inner = meta.integer("feed_forward_length", low=1)
+    cap = meta.number("final_logit_softcapping", None) or None
+    local_theta = meta.number("rope.freq_base_swa", None)
+    pattern = meta.raw.get("attention.sliding_window_pattern")
     ids = Reader(_section(file.metadata, "tokenizer.ggml"), "GGUF metadata tokenizer.ggml.", meta.problems)
     bos, pad = ids.integer("bos_token_id", None), ids.integer("padding_token_id", None)
     stops = [ids.integer(key, None) for key in ("eos_token_id", "eot_token_id")]
     raise_problems(f"{file.path} cannot be used", meta.problems)
+    model_type = model_type_of_gguf(architecture, windowed=bool(window))
     raw = {
-        "model_type": model_type_of_gguf(architecture, windowed=bool(window)),
+        "model_type": model_type,
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -177,8 +184,17 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
         "bos_token_id": bos,
         "eos_token_id": [stop for stop in stops if stop is not None] or None,
         "pad_token_id": pad,
-        "rope_parameters": _rope(file, meta, head_dim),
+        "rope_parameters": _rope(file, meta, head_dim, ARCHITECTURES[model_type].rope_theta),
+        "query_pre_attn_scalar": ARCHITECTURES[model_type].gguf_query_scalars.get(layers, head_dim),
+        "final_logit_softcapping": cap,
     }
+    # What older files do not say follows from the architecture.
+    if local_theta is not None:
+        raw["rope_local_base_freq"] = _shortest(local_theta)
+    if isinstance(pattern, list):
+        raw["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+    elif pattern is not None:
+        raw["sliding_window_pattern"] = pattern
     biases: dict[str, Any] = {
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "attention_out_bias": "blk.0.attn_output.bias" in file.tensors,
@@ -197,13 +213,13 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _rope(file: GGUFFile, meta: Reader, head_dim: int | None) -> dict[str, Any]:
+def _rope(file: GGUFFile, meta: Reader, head_dim: int | None, theta: float) -> dict[str, Any]:
     if head_dim is None:
         raise ValueError(f"{file.path} says neither the size of a head nor what it follows from")
     rotated = meta.raw.get("rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise NotImplementedError(f"{file.path} rotates {short(rotated)} of {head_dim} dimensions a head; expected all")
-    rope: dict[str, Any] = {"rope_theta": _shortest(meta.number("rope.freq_base", 10000.0)), "rope_type": "default"}
+    rope: dict[str, Any] = {"rope_theta": _shortest(meta.number("rope.freq_base", theta)), "rope_type": "default"}
     kind = meta.raw.get("rope.scaling.type", "none")
     if kind not in ("none", "linear", "yarn"):
         raise NotImplementedError(f"{file.path} has rope scaling {short(kind)}; supported are none, linear and yarn")

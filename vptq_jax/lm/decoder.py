@@ -6,7 +6,8 @@ Parameters and activations keep the dtype of the weights; norms, softmax and log
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,20 +25,26 @@ from vptq_jax.lm.params import ParamSource
 from vptq_jax.lm.rope import Rotary, rotary
 from vptq_jax.nn.linear import Linear, Unnormalized, VQLinear, project
 
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    # Its cube is computed in float32, as PyTorch does in any dtype.
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype),
+}
+
 
 class MLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+    """`down(activation(gate(x)) * up(x))`."""
 
     def __init__(self, config: ModelConfig, source: ParamSource, name: str):
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.shared_inputs = config.architecture.mlp
+        self.shared_inputs, self.activation = config.architecture.mlp, config.architecture.activation
         self.gate_proj = source.linear(f"{name}.gate_proj", inner, hidden, bias=bias)
         self.up_proj = source.linear(f"{name}.up_proj", inner, hidden, bias=bias)
         self.down_proj = source.linear(f"{name}.down_proj", hidden, inner, bias=bias)
 
     def __call__(self, x: Float[Array, "*batch hidden"] | Unnormalized) -> Float[Array, "*batch hidden"]:
         gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(jax.nn.silu(gate) * up)
+        return self.down_proj(_ACTIVATIONS[self.activation](gate) * up)
 
 
 class Block(nnx.Module):
@@ -173,8 +180,9 @@ class Decoder(nnx.Module):
         return h
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T hidden"]:
-        """The rows of the embedding table."""
-        return _lookup(self.embed_tokens, tokens, dtype=self.dtype)
+        """The rows of the embedding table, scaled where the architecture says so."""
+        scale = self.config.hidden_size**0.5 if self.config.architecture.scaled_embedding else None
+        return _lookup(self.embed_tokens, tokens, dtype=self.dtype, scale=scale)
 
     def rotary(self, positions: Int[Array, "#B T"]) -> Rotary:
         """What a block needs to know about positions; `jnp.arange(T)[None]` for plain rows."""
@@ -182,7 +190,8 @@ class Decoder(nnx.Module):
 
     def head(self, h: Float[Array, "B T hidden"]) -> Float[Array, "B T V"]:
         """Final norm and logits (float32)."""
-        return _logits(self.norm, self.embed_tokens if self.lm_head is None else self.lm_head, h)
+        layer = self.embed_tokens if self.lm_head is None else self.lm_head
+        return _logits(self.norm, layer, h, soft_cap=self.config.final_logit_softcapping)
 
     def prefill(
         self, tokens: Int[Array, "B T"], start: Int[Array, "B"], *, capacity: int
@@ -295,18 +304,22 @@ def _apply_block(block: Block, h: Array, at: Rotary) -> Array:
     return block(h, at)
 
 
-@jax.jit
-def _logits(norm: RMSNorm, layer: Linear | VQLinear, h: Array) -> Array:
-    return layer(norm(h), dtype=jnp.float32)
+@functools.partial(jax.jit, static_argnames="soft_cap")
+def _logits(norm: RMSNorm, layer: Linear | VQLinear, h: Array, *, soft_cap: float | None) -> Array:
+    logits = layer(norm(h), dtype=jnp.float32)
+    return logits if soft_cap is None else jnp.tanh(logits / soft_cap) * soft_cap
 
 
 _rotary = jax.jit(rotary, static_argnums=0)
 
 
-def _lookup_rows(table: Linear | VQLinear, tokens: Array, *, dtype: Any) -> Array:
+def _lookup_rows(table: Linear | VQLinear, tokens: Array, *, dtype: Any, scale: float | None) -> Array:
     if isinstance(table, VQLinear):
-        return table.array.take_rows(tokens, dtype)
-    return table.weight[...][tokens].astype(dtype)
+        rows = table.array.take_rows(tokens, dtype)
+    else:
+        rows = table.weight[...][tokens].astype(dtype)
+    # The factor is rounded too: models were trained with it so.
+    return rows if scale is None else rows * jnp.asarray(scale, dtype)
 
 
-_lookup = jax.jit(_lookup_rows, static_argnames="dtype")
+_lookup = jax.jit(_lookup_rows, static_argnames=("dtype", "scale"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -13,11 +14,11 @@ from vptq_jax.pallas.vq_matmul import RMS
 
 
 class RMSNorm(nnx.Module):
-    """`x / rms(x) * weight`, computed in float32, returned in the dtype of x."""
+    """`x / rms(x) * (offset + weight)`, computed in float32, returned in the dtype of x."""
 
-    def __init__(self, weight: Array | jax.ShapeDtypeStruct, eps: float):
+    def __init__(self, weight: Array | jax.ShapeDtypeStruct, eps: float, offset: float = 0.0):
         self.weight = nnx.Param(weight)
-        self.eps = eps
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         return self._rms()(x)
@@ -27,9 +28,12 @@ class RMSNorm(nnx.Module):
         return Unnormalized(x, self._rms())
 
     def _rms(self) -> RMS:
-        return RMS(self.weight[...], self.eps)
+        weight = self.weight[...]
+        # The sum is not rounded to a narrow dtype of the weight (which kernels would need to normalize in passing).
+        return RMS(self.offset + weight.astype(jnp.float32) if self.offset else weight, self.eps)
 
 
 def make_norm(config: ModelConfig, source: ParamSource, name: str, features: int) -> RMSNorm:
     """The norm whose weight has this Hugging Face name (without `.weight`) and this many entries."""
-    return RMSNorm(source.tensor(f"{name}.weight", (features,)), config.rms_norm_eps)
+    weight = source.tensor(f"{name}.weight", (features,))
+    return RMSNorm(weight, config.rms_norm_eps, config.architecture.norm_offset)

@@ -21,11 +21,15 @@ from vptq_jax.lm.config import ModelConfig, RopeConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """Where tokens stand: their positions (negative: padding) and the rotation that goes with them."""
+    """Where tokens stand: their positions (negative: padding) and the rotation that goes with them.
+
+    `local` is the rotation of layers with a sliding window, where they have their own.
+    """
 
     positions: Int[Array, "#B T"]
     cos: Float[Array, "#B T half"]
     sin: Float[Array, "#B T half"]
+    local: Rotary | None = None
 
 
 def rotary(config: ModelConfig, positions: Int[Array, "#B T"]) -> Rotary:
@@ -35,9 +39,16 @@ def rotary(config: ModelConfig, positions: Int[Array, "#B T"]) -> Rotary:
     keep the rotation of the time they were written, as in transformers); every other type depends
     on the position alone.
     """
-    rope, attention_factor = config.rope, 1.0
+    at = _rotary(config, config.rope, positions)
+    if config.local_rope is None:
+        return at
+    return dataclasses.replace(at, local=_rotary(config, config.local_rope, positions))
+
+
+def _rotary(config: ModelConfig, rope: RopeConfig, positions: Int[Array, "#B T"]) -> Rotary:
+    attention_factor = 1.0
     if rope.type == "dynamic":
-        frequencies = _dynamic(config, jnp.max(positions, axis=-1) + 1)[:, None, :]
+        frequencies = _dynamic(config, rope, jnp.max(positions, axis=-1) + 1)[:, None, :]
     else:
         constant, attention_factor = inverse_frequencies(rope, config.head_dim)
         frequencies = jnp.asarray(constant)[None, None, :]
@@ -74,11 +85,11 @@ def _power(theta: float, head_dim: int) -> np.ndarray:
     return np.power(float(theta), _exponents(head_dim).astype(np.float64)).astype(np.float32)
 
 
-def _dynamic(config: ModelConfig, length: Int[Array, "B"]) -> Float[Array, "B half"]:
-    factor, trained, dim = config.rope.factor, config.max_position_embeddings, config.head_dim
+def _dynamic(config: ModelConfig, rope: RopeConfig, length: Int[Array, "B"]) -> Float[Array, "B half"]:
+    factor, trained, dim = rope.factor, config.max_position_embeddings, config.head_dim
     beyond = jnp.maximum(length, trained).astype(jnp.float32)[:, None]
-    theta = config.rope.theta * (factor * beyond / trained - (factor - 1)) ** (dim / (dim - 2))
-    short = 1 / _power(config.rope.theta, dim)
+    theta = rope.theta * (factor * beyond / trained - (factor - 1)) ** (dim / (dim - 2))
+    short = 1 / _power(rope.theta, dim)
     return jnp.where(length[:, None] > trained, 1 / theta ** _exponents(dim), short)
 
 
