@@ -123,15 +123,16 @@ def convert(
             raise taken
         kind, path = recognize(src_text)
         problems = []
-        model = load(path, dtype=None if kind == "orbax" or to == "hf" else dtype, progress=progress)
+        lm = load(path, dtype=None if kind == "orbax" or to == "hf" else dtype, progress=progress)
+        model = lm.module
         plan = _plan(model, to, dtype)
         known = (checkpoint.read_metadata(path) if kind == "orbax" else {}) | dict(metadata or {})
         if plan is None:
-            checkpoint.save(model, dst, overwrite=overwrite, metadata=known)
+            checkpoint.save(lm, dst, overwrite=overwrite, metadata=known)
             files = [str(file.relative_to(dst)) for file in sorted(dst.rglob("*")) if file.is_file()]
         else:
             files = export(
-                model, dst, plan, overwrite=overwrite, metadata=known, max_shard_bytes=max_shard_bytes,
+                lm, dst, plan, overwrite=overwrite, metadata=known, max_shard_bytes=max_shard_bytes,
                 progress=progress,
             )  # fmt: skip
     about = facts(model) if model is not None else {}

@@ -39,6 +39,7 @@ from vptq_jax.files import Kind, held_interrupt, new_directory
 from vptq_jax.json_files import read_json
 from vptq_jax.lm.config import ModelConfig, RopeConfig
 from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.params import AbstractSource
 from vptq_jax.lm.registry import build
 from vptq_jax.lm.report import REPORT_FILES, QuantReport
@@ -64,7 +65,7 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def save(
-    model: Decoder,
+    model: LanguageModel | Decoder,
     path: str | Path,
     *,
     overwrite: bool = False,
@@ -93,15 +94,17 @@ def save(
         TypeError: the metadata is not JSON.
     """
     text = json.dumps(dict(metadata or {}))
+    lm = LanguageModel.of(model)
     with new_directory(path, kind=KIND, overwrite=overwrite) as temporary:
-        model, rounding = stored(model)
-        arrays = {name: _stored(name, leaf) for name, leaf in _leaves(model)[0].items()}
+        module, rounding = stored(lm.module)
+        arrays = {name: _stored(name, leaf) for name, leaf in _leaves(module)[0].items()}
         _write_arrays(temporary / _ARRAYS, arrays)
-        if model.tokenizer is not None:
-            save_tokenizer(model.tokenizer, temporary / _TOKENIZER)
+        if lm.tokenizer is not None:
+            save_tokenizer(lm.tokenizer, temporary / _TOKENIZER)
         if report is not None:
             report.save(temporary)
-        manifest = _manifest(model, arrays) | {"metadata": json.loads(text), "files": _checksums(temporary)}
+        manifest = _manifest(module, arrays) | {"generation_config": lm.generation_config}
+        manifest |= {"metadata": json.loads(text), "files": _checksums(temporary)}
         (temporary / MANIFEST).write_text(json.dumps(manifest | {"crc": _json_crc(manifest)}, indent=1))
     if rounding.wide:
         named = short(", ".join(rounding.wide))
@@ -109,7 +112,7 @@ def save(
     return rounding
 
 
-def load(path: str | Path, *, sharding: Shardings | None = None, verify: bool = True) -> Decoder:
+def load(path: str | Path, *, sharding: Shardings | None = None, verify: bool = True) -> LanguageModel:
     """A saved model, bit for bit; quantized layers stay quantized on the way.
 
     Args:
@@ -128,10 +131,8 @@ def load(path: str | Path, *, sharding: Shardings | None = None, verify: bool = 
     shell, names, structure = _shell(path, manifest)
     arrays = _read_arrays(path / _ARRAYS, _abstract_arrays(manifest, sharding))
     restored = [_restored(name, arrays[name]) for name in names]
-    model = nnx.merge(nnx.graphdef(shell), jax.tree.unflatten(structure, restored))
-    model.tokenizer = load_tokenizer(path / _TOKENIZER)
-    model.generation_config = manifest.get("generation_config")
-    return model
+    module = nnx.merge(nnx.graphdef(shell), jax.tree.unflatten(structure, restored))
+    return LanguageModel(module, load_tokenizer(path / _TOKENIZER), manifest.get("generation_config"))
 
 
 def abstract(path: str | Path) -> Decoder:
@@ -222,7 +223,6 @@ def _manifest(model: Decoder, arrays: Mapping[str, Array]) -> dict[str, Any]:
         "config": dataclasses.asdict(model.config),
         "layers": layers,
         "arrays": {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()},
-        "generation_config": model.generation_config,
     }
 
 

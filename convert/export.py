@@ -29,6 +29,7 @@ from vptq_jax.files import Kind, new_directory
 from vptq_jax.json_files import TOKENIZER_FILES, read_json
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.norm import RMSNorm
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.problems import raise_problems
@@ -61,8 +62,9 @@ class ExportPlan:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def plan_vptq(model: Decoder) -> ExportPlan:
+def plan_vptq(model: LanguageModel | Decoder) -> ExportPlan:
     """The export of a quantized model to the community's VPTQ format; the model may be abstract."""
+    model = LanguageModel.of(model).module
     layers = model.quantized_layers()
     swapped = [path for path, layer in layers.items() if _needs_swap(layer.layout)]
     problems = list(_config_problems(model.config))
@@ -88,13 +90,14 @@ def plan_vptq(model: Decoder) -> ExportPlan:
     return ExportPlan(tensors, config, problems, notes)
 
 
-def plan_hf(model: Decoder, dtype: Any = None) -> ExportPlan:
+def plan_hf(model: LanguageModel | Decoder, dtype: Any = None) -> ExportPlan:
     """The export to plain Hugging Face, quantized layers dequantized; the model may be abstract.
 
     Args:
         model: plain or quantized.
         dtype: of all parameters; None means the dtype of the model's activations.
     """
+    model = LanguageModel.of(model).module
     target = check_dtype(dtype) or np.dtype(model.dtype)
     layers = model.quantized_layers()
     notes = [f"{len(layers)} quantized layers become dense"] if layers else []
@@ -104,7 +107,7 @@ def plan_hf(model: Decoder, dtype: Any = None) -> ExportPlan:
 
 
 def export(
-    model: Decoder,
+    model: LanguageModel | Decoder,
     path: str | Path,
     plan: ExportPlan,
     *,
@@ -133,7 +136,7 @@ def export(
         OSError: the directory cannot be written.
         ValueError: the format cannot express the model, all reasons given; or NaN in a weight.
     """
-    path = Path(path)
+    path, lm = Path(path), LanguageModel.of(model)
     raise_problems("the model cannot be exported", plan.problems)
     with (
         new_directory(path, kind=KIND, overwrite=overwrite) as temporary,
@@ -141,11 +144,11 @@ def export(
     ):
         files = write_sharded(temporary, plan.tensors, max_bytes=max_shard_bytes, progress=bar.update)
         _write_json(temporary / "config.json", plan.config)
-        _write_json(temporary / "generation_config.json", _generation_config(model))
-        if model.tokenizer is not None:
-            save_tokenizer(model.tokenizer, temporary)
+        _write_json(temporary / "generation_config.json", _generation_config(lm))
+        if lm.tokenizer is not None:
+            save_tokenizer(lm.tokenizer, temporary)
         (temporary / "README.md").write_text(
-            model_card(model, path.name, plan.config, metadata or {}), encoding="utf-8"
+            model_card(lm.module, path.name, plan.config, metadata or {}), encoding="utf-8"
         )
     return files
 
@@ -312,15 +315,15 @@ def _read_field(layer: VQLinear, field: str, shape: tuple[int, ...], swapped: bo
     return (array.view(_INTEGERS[field]) if field in _INTEGERS else array).reshape(shape)
 
 
-def _generation_config(model: Decoder) -> dict[str, Any]:
-    config = model.config
+def _generation_config(lm: LanguageModel) -> dict[str, Any]:
+    config = lm.config
     stops: Any = list(config.eos_token_id)
     ids = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
         "pad_token_id": config.pad_token_id,
     }
-    return {key: value for key, value in ids.items() if value is not None} | (model.generation_config or {})
+    return {key: value for key, value in ids.items() if value is not None} | dict(lm.generation_config or {})
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from vptq_jax.extras import byte_bar, need
 from vptq_jax.lm.arch import ARCHITECTURES, Architecture, gguf_architectures, model_type_of_gguf
 from vptq_jax.lm.config import ModelConfig, RopeConfig
 from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.registry import Requirements, build
 from vptq_jax.lm.rope import inverse_frequencies
 from vptq_jax.lm.streamed import StreamedModel
@@ -37,7 +38,7 @@ def tokenizer_of(file: GGUFFile) -> Any | None:
     return gguf_tokenizer(file.metadata)
 
 
-def load_gguf(path: str | Path, *, dtype: Any = None, progress: bool = False) -> Decoder:
+def load_gguf(path: str | Path, *, dtype: Any = None, progress: bool = False) -> LanguageModel:
     """A GGUF file as a model, tensor by tensor, with its tokenizer.
 
     Args:
@@ -58,8 +59,7 @@ def load_gguf(path: str | Path, *, dtype: Any = None, progress: bool = False) ->
     with byte_bar(progress, total, "reading") as bar:
         source = StoredSource(lambda name: stored.read(name, target), bar.update)
         model = build(dataclasses.replace(stored.config, dtype=target.name), source)
-    model.tokenizer = tokenizer
-    return model
+    return LanguageModel(model, tokenizer)
 
 
 def stream_gguf(path: str | Path, *, dtype: Any = None) -> StreamedModel:

@@ -17,6 +17,7 @@ from vptq_jax.extras import byte_bar
 from vptq_jax.json_files import read_json, resolve_directory
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.registry import Requirements, build
 from vptq_jax.lm.streamed import StreamedModel
 from vptq_jax.problems import raise_problems
@@ -65,7 +66,7 @@ def open_hf(path_or_id: str | Path) -> PlainCheckpoint:
     return PlainCheckpoint(directory, config, files, plan)
 
 
-def load_hf(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False) -> Decoder:
+def load_hf(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False) -> LanguageModel:
     """A plain Hugging Face checkpoint as a model, tensor by tensor.
 
     Args:
@@ -142,13 +143,12 @@ def is_harmless(name: str, config: ModelConfig) -> bool:
     return bool(_HARMLESS.search(name)) or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
-def finish(model: Decoder, directory: Path) -> Decoder:
-    """Gives a model the tokenizer and generation config that lie beside its weights."""
-    model.tokenizer = load_tokenizer(directory)
-    model.generation_config = _generation_config(directory)
-    model.config = with_stop_tokens(model.config, model.generation_config)
-    model.config = dataclasses.replace(model.config, dtype=str(model.dtype))
-    return model
+def finish(module: Decoder, directory: Path) -> LanguageModel:
+    """A module just read, with the tokenizer and generation config that lie beside its weights."""
+    generation_config = _generation_config(directory)
+    config = with_stop_tokens(module.config, generation_config)
+    module.config = dataclasses.replace(config, dtype=str(module.dtype))
+    return LanguageModel(module, load_tokenizer(directory), generation_config)
 
 
 def _generation_config(directory: Path) -> dict[str, Any] | None:

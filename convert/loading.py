@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
 from vptq_jax.convert.source import check_dtype
-from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.streamed import StreamedModel
 from vptq_jax.nn.forms import cast
 from vptq_jax.nn.forms import trainable as make_trainable
@@ -50,7 +51,9 @@ def recognize(path_or_id: str | Path) -> tuple[Kind, Path]:
     )
 
 
-def load(path_or_id: str | Path, *, dtype: Any = None, trainable: bool = False, progress: bool = False) -> Decoder:
+def load(
+    path_or_id: str | Path, *, dtype: Any = None, trainable: bool = False, progress: bool = False
+) -> LanguageModel:
     """A model from any kind of checkpoint, its quantized layers packed where kernels run.
 
     Args:
@@ -67,19 +70,18 @@ def load(path_or_id: str | Path, *, dtype: Any = None, trainable: bool = False, 
         NotImplementedError: a format, architecture or quantization that is not supported.
         ValueError: a damaged checkpoint, every fault named; or a dtype that no parameter can have.
     """
-    model = _load(path_or_id, dtype, progress)
-    if trainable:
-        return make_trainable(model)
-    return inference_form(model, donate=True)
+    lm = _load(path_or_id, dtype, progress)
+    module = make_trainable(lm.module) if trainable else inference_form(lm.module, donate=True)
+    return dataclasses.replace(lm, module=module)
 
 
-def _load(path_or_id: str | Path, dtype: Any, progress: bool) -> Decoder:
+def _load(path_or_id: str | Path, dtype: Any, progress: bool) -> LanguageModel:
     kind, path = recognize(path_or_id)
     if kind == "orbax":
         from vptq_jax.convert import checkpoint
 
-        model = checkpoint.load(path)
-        return model if dtype is None else cast(model, check_dtype(dtype))
+        lm = checkpoint.load(path)
+        return lm if dtype is None else dataclasses.replace(lm, module=cast(lm.module, check_dtype(dtype)))
     if kind == "gguf":
         from vptq_jax.convert.gguf import load_gguf
 

@@ -29,6 +29,7 @@ from vptq_jax.extras import byte_bar
 from vptq_jax.json_files import read_json, resolve_directory
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.registry import Requirements, build
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.packing import pack_indices
@@ -120,7 +121,7 @@ class VPTQCheckpoint:
         return build(self.config, _AbstractVPTQSource(self))
 
 
-def load_vptq(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False) -> Decoder:
+def load_vptq(path_or_id: str | Path, *, dtype: Any = None, progress: bool = False) -> LanguageModel:
     """A VPTQ checkpoint as a model with quantized layers, tensor by tensor.
 
     Args:

@@ -20,7 +20,10 @@ def main(arguments: list[str] | None = None) -> list[str]:
     options = parser.parse_args(arguments)
 
     model = vq.load(options.model)
-    settings = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
+    settings = {
+        "max_new_tokens": options.max_new_tokens,
+        "sampling": vq.Sampling(temperature=options.temperature),
+    }
 
     # One prompt, as it is written ...
     print(options.prompts[0], end="", flush=True)

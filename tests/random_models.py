@@ -11,6 +11,7 @@ from flax import nnx
 
 from vptq_jax.array import VQArray, expected_shapes
 from vptq_jax.lm.config import ModelConfig, RopeConfig
+from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.params import DenseSource
 from vptq_jax.lm.registry import build
 from vptq_jax.nn.linear import VQLinear
@@ -72,6 +73,7 @@ def random_model(config=CONFIG, specs=("v6-k16-4",), dtype=jnp.float32, seed=0):
 
 def assert_same_bits(left, right):
     """The same modules, layouts, shapes, dtypes and bytes."""
+    left, right = (LanguageModel.of(model).module for model in (left, right))
     assert nnx.graphdef(left) == nnx.graphdef(right)
     for (path, a), (_, b) in zip(*(jax.tree.leaves_with_path(nnx.state(m)) for m in (left, right)), strict=True):
         assert a.dtype == b.dtype, path

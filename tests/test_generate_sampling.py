@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vptq_jax.lm.sampling import Sampling, next_token, penalize, restrict
+from vptq_jax.lm.next_token import SamplingArrays, next_token, penalize, restrict
+from vptq_jax.lm.sampling import Sampling
 
 VOCAB = 23
 NO_SEEN = jnp.zeros((1, VOCAB), bool)
@@ -40,7 +41,7 @@ def test_filters_keep_what_numpy_keeps(seed, top_k, top_p, min_p, temperature):
     # Distinct logits on a coarse grid, so that no comparison hangs on the last bit.
     logits = np.random.default_rng(seed).permutation(VOCAB).astype(np.float32) / 4
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    filtered = np.asarray(restrict(jnp.asarray(logits)[None], sampling.traced(VOCAB)))[0]
+    filtered = np.asarray(restrict(jnp.asarray(logits)[None], SamplingArrays.of(sampling, VOCAB)))[0]
     kept = {int(token) for token in np.flatnonzero(np.isfinite(filtered))}
     expected = kept_by_numpy(logits, sampling)
     if kept != expected:  # Only a sum that meets top_p, or a ratio that meets min_p, to float32 rounding may differ.
@@ -62,12 +63,12 @@ def edges(top_p: float | None, min_p: float | None):
 def test_draws_follow_the_distribution():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=VOCAB), jnp.float32)
     sampling = Sampling(temperature=0.7, top_k=9, top_p=0.9, min_p=0.02)
-    filtered = np.asarray(restrict(logits[None], sampling.traced(VOCAB)))[0].astype(np.float64)
+    filtered = np.asarray(restrict(logits[None], SamplingArrays.of(sampling, VOCAB)))[0].astype(np.float64)
     expected = np.exp(filtered) / np.exp(filtered).sum()
     count = 20_000
     rows = jnp.broadcast_to(logits, (count, VOCAB))
     seen = jnp.zeros((count, VOCAB), bool)
-    tokens = next_token(rows, seen, sampling.traced(VOCAB), jax.random.key(1), greedy=False)
+    tokens = next_token(rows, seen, SamplingArrays.of(sampling, VOCAB), jax.random.key(1), greedy=False)
     drawn = np.bincount(np.asarray(tokens), minlength=VOCAB) / count
     assert (drawn[expected == 0] == 0).all()
     # Five standard deviations of a frequency.
@@ -77,7 +78,7 @@ def test_draws_follow_the_distribution():
 def test_seeds_reproduce_and_differ():
     logits = jnp.zeros((64, VOCAB))
     seen = jnp.zeros((64, VOCAB), bool)
-    sampling = Sampling(temperature=1.0).traced(VOCAB)
+    sampling = SamplingArrays.of(Sampling(temperature=1.0), VOCAB)
 
     def draw(seed: int) -> np.ndarray:
         return np.asarray(next_token(logits, seen, sampling, jax.random.key(seed), greedy=False))
@@ -90,7 +91,7 @@ def test_seeds_reproduce_and_differ():
 def test_neutral_settings_change_nothing():
     logits = np.random.default_rng(0).normal(size=(3, VOCAB)).astype(np.float32)
     for sampling in (Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=VOCAB, top_p=1.0, min_p=0.0)):
-        filtered = np.asarray(restrict(jnp.asarray(logits), sampling.traced(VOCAB)))
+        filtered = np.asarray(restrict(jnp.asarray(logits), SamplingArrays.of(sampling, VOCAB)))
         np.testing.assert_allclose(filtered, logits - logits.max(-1, keepdims=True), atol=1e-6)
 
 
@@ -98,7 +99,11 @@ def test_extreme_logits_stay_finite():
     logits = jnp.asarray([[-3e38, 3e38, 0.0, *[-1e30] * (VOCAB - 3)]])
     for temperature in (1e-3, 1.0, 100.0):
         token = next_token(
-            logits, NO_SEEN, Sampling(temperature=temperature).traced(VOCAB), jax.random.key(0), greedy=False
+            logits,
+            NO_SEEN,
+            SamplingArrays.of(Sampling(temperature=temperature), VOCAB),
+            jax.random.key(0),
+            greedy=False,
         )
         assert token.tolist() == [1]
 
@@ -126,6 +131,13 @@ def test_repetition_penalty_is_that_of_transformers():
         ({"min_p": -1.0}, "min_p is -1.0; expected 0 to 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; expected a number above 0"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty is inf"),
+        ({"repetition_penalty": 1e30}, "repetition_penalty is 1e.30; expected"),
+        ({"temperature": "hot"}, "temperature is 'hot'; expected"),
+        ({"top_k": 1.5}, "top_k is 1.5; expected a whole number"),
+        ({"min_p": float("nan")}, "min_p is nan; expected"),
+        ({"seed": 0.5}, "seed is 0.5; expected a whole number"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424; expected"),
+        ({"seed": "x"}, "seed is 'x'; expected"),
     ],
 )
 def test_values_out_of_range_are_refused(settings, message):

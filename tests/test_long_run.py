@@ -12,6 +12,7 @@ from vptq_jax.convert.loading import load
 from vptq_jax.lm.evaluation import perplexity
 from vptq_jax.lm.generation import _decode, _prefill, chat_prompt, generate, stream
 from vptq_jax.lm.quantizer import quantize
+from vptq_jax.lm.sampling import Sampling
 from vptq_jax.spec import QuantConfig
 
 CALLS, WARM = 2000, 700
@@ -35,15 +36,15 @@ def test_two_thousand_mixed_calls(tiny_hf):
 
     def call() -> None:
         kind = rng.random()
-        sampling = {"temperature": rng.choice([0.0, 0.7]), "top_k": rng.choice([None, 5]), "seed": rng.randrange(99)}
+        sampling = Sampling(temperature=rng.choice([0.0, 0.7]), top_k=rng.choice([None, 5]), seed=rng.randrange(99))
         if kind < 0.6:
             rows = [[rng.randrange(3, 90) for _ in range(rng.randrange(1, 60))] for _ in range(rng.randrange(1, 9))]
-            generate(model, rows, max_new_tokens=rng.randrange(1, 20), **sampling)
+            generate(model, rows, max_new_tokens=rng.randrange(1, 20), sampling=sampling)
         elif kind < 0.8:
-            for _ in stream(model, "the quick brown", max_new_tokens=rng.randrange(1, 20), **sampling):
+            for _ in stream(model, "the quick brown", max_new_tokens=rng.randrange(1, 20), sampling=sampling):
                 pass
         elif kind < 0.82:  # a process of its own: slower than all else
-            generate(model, chat_prompt(model, "a fox"), max_new_tokens=4, **sampling)
+            generate(model, chat_prompt(model, "a fox"), max_new_tokens=4, sampling=sampling)
         else:
             perplexity(model, text, context=32, max_windows=rng.randrange(1, 9), batch_size=rng.randrange(1, 9))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from reference_models import jax_model, random_model, random_tokens, torch_logit
 from vptq_jax.lm.attention import attend
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.diagnose import first_nonfinite
+from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.params import AbstractSource, RandomSource
 from vptq_jax.lm.registry import build, model_types
+from vptq_jax.nn.forms import cast
 from vptq_jax.nn.linear import Linear, VQLinear
 
 
@@ -181,13 +184,17 @@ def test_quantized_layers_equal_their_dense_weights(path, tied):
     assert models[0].config.tie_word_embeddings == (tied and path != "lm_head")
 
 
-def test_tokenizer_is_no_part_of_the_pytree():
-    model = random_model("llama")
-    count, structure = len(jax.tree.leaves(model)), jax.tree.structure(model)
-    model.tokenizer = {"unhashable": []}
-    assert len(jax.tree.leaves(model)) == count
-    assert jax.tree.structure(model) == structure
-    assert jax.tree.map(lambda x: x, model).tokenizer == {"unhashable": []}
+def test_a_compiled_function_returns_the_module_that_it_was_given():
+    # Two models of one structure share a program, whatever belongs to them otherwise.
+    first, second = (LanguageModel(random_model("llama"), tokenizer) for tokenizer in ({"unhashable": []}, "another"))
+    with pytest.raises(TypeError, match="not a valid JAX type"):
+        jax.jit(lambda m: m)(first)
+    change = jax.jit(functools.partial(cast, dtype=jnp.bfloat16))
+    for lm in (first, second):
+        new = dataclasses.replace(lm, module=change(lm.module))
+        assert new.tokenizer is lm.tokenizer
+        assert jax.tree.structure(new.module) == jax.tree.structure(lm.module)
+        assert new.module.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vptq_jax.lm.generation import generate as generate
     from vptq_jax.lm.generation import stream as stream
     from vptq_jax.lm.hessians import collect_hessians as collect_hessians
+    from vptq_jax.lm.language_model import LanguageModel as LanguageModel
     from vptq_jax.lm.quantizer import quantize as quantize
     from vptq_jax.lm.registry import build as build
     from vptq_jax.lm.report import QuantReport as QuantReport
@@ -57,6 +58,7 @@ _HOME = {
     "GenerationResult": "lm.generation",
     "Hessians": "nn.hessians",
     "KernelFallbackWarning": "pallas.dispatch",
+    "LanguageModel": "lm.language_model",
     "Linear": "nn.linear",
     "ModelConfig": "lm.config",
     "Packed": "pallas.vq_matmul.packed",

@@ -16,8 +16,10 @@ Each line on standard output answers one: exit status, operations counted, stand
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
+import pkgutil
 import resource
 import select
 import signal
@@ -119,11 +121,17 @@ def child(case: dict, tally: str, out: int, err: int) -> None:
 
 def serve() -> None:
     """Answers cases until standard input ends."""
+    import matplotlib.backends.backend_agg  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import orbax.checkpoint  # noqa: F401
-    import transformers  # noqa: F401
+    import PIL.PngImagePlugin  # noqa: F401
+    import transformers.models.llama  # noqa: F401
+    from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast  # noqa: F401
 
-    import vptq_jax.cli.app  # noqa: F401
+    import vptq_jax
+
+    for module in pkgutil.walk_packages([*vptq_jax.__path__], "vptq_jax."):
+        importlib.import_module(module.name)
 
     answers = os.fdopen(os.dup(1), "w")
     tally = os.path.join(sys.argv[1], "tally")

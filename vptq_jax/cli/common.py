@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from vptq_jax.lm.decoder import Decoder
+    from vptq_jax.lm.language_model import LanguageModel
     from vptq_jax.lm.streamed import StreamedModel
 
 # In a file or a pipe a table takes the width that it needs.
@@ -56,7 +56,7 @@ def parse_dtype(text: str | None) -> Any:
     return None if text is None else jnp.dtype(text)
 
 
-def load_model(path: str, dtype: str | None = None) -> Decoder:
+def load_model(path: str, dtype: str | None = None) -> LanguageModel:
     """The model, with a line about it on standard error while it is read."""
     target = parse_dtype(dtype)
     from vptq_jax.convert.loading import load
@@ -65,7 +65,7 @@ def load_model(path: str, dtype: str | None = None) -> Decoder:
         return load(path, dtype=target)
 
 
-def open_model(path: str, dtype: str | None = None) -> Decoder | StreamedModel:
+def open_model(path: str, dtype: str | None = None) -> LanguageModel | StreamedModel:
     """The model to be quantized: where its format allows it, weights are read one by one as they are needed.
 
     Raises:
@@ -87,7 +87,7 @@ def open_model(path: str, dtype: str | None = None) -> Decoder | StreamedModel:
         return open_streamed(path, dtype=target)
 
 
-def tokenizer_of(model: Decoder | StreamedModel, path: str) -> Any:
+def tokenizer_of(model: LanguageModel | StreamedModel, path: str) -> Any:
     """The model's tokenizer.
 
     Raises:
@@ -98,7 +98,7 @@ def tokenizer_of(model: Decoder | StreamedModel, path: str) -> Any:
     return model.tokenizer
 
 
-def context_for(model: Decoder, context: int | None) -> int:
+def context_for(model: LanguageModel, context: int | None) -> int:
     """The context asked for, or the usual 2048 where the model allows it."""
     return min(2048, model.config.context_length) if context is None else context
 

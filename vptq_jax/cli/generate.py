@@ -4,41 +4,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vptq_jax.cli import common
+from vptq_jax.cli.options import options_of
 from vptq_jax.cli.terminal import shown
+from vptq_jax.lm.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
-    from vptq_jax.lm.decoder import Decoder
+    from vptq_jax.lm.language_model import LanguageModel
 
-MaxNewTokens = Annotated[int, typer.Option(help="Stop after this many tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the most likely token each time; above 0 draws.")]
-TopK = Annotated[int | None, typer.Option(help="Draw from this many tokens only.", show_default=False)]
-TopP = Annotated[
-    float | None, typer.Option(help="Draw from the likeliest tokens with this probability.", show_default=False)
-]
-MinP = Annotated[
-    float | None, typer.Option(help="Drop tokens below this share of the best one's probability.", show_default=False)
-]
-Penalty = Annotated[float, typer.Option(help="Above 1 discourages tokens that have been there already.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")]
 
 
+@options_of(Sampling)
 def generate(
     model: common.ModelArgument,
     prompt: Annotated[
         list[str], typer.Argument(help="One or more texts to continue; - reads one from standard input.")
     ],
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 0.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = 0,
+    sampling: Sampling = GREEDY,
     dtype: common.DtypeOption = None,
     json: common.JsonOption = False,
 ) -> None:
@@ -56,13 +44,12 @@ def generate(
     from vptq_jax.lm.generation import generate as generate_texts
 
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt]
-    settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if not all(prompts):
         raise ValueError("the prompt is empty; expected some text")
     loaded = common.load_model(model, dtype)
     common.tokenizer_of(loaded, model)
     with common.log.status("Generating (the first tokens take longest: the program is compiled)"):
-        result = generate_texts(loaded, prompts, return_result=True, **settings)
+        result = generate_texts(loaded, prompts, max_new_tokens=max_new_tokens, sampling=sampling, return_result=True)
     assert isinstance(result, GenerationResult)
     assert result.texts is not None
     if json:
@@ -79,6 +66,7 @@ def generate(
     )
 
 
+@options_of(Sampling, repetition_penalty=1.1)
 def chat(
     model: common.ModelArgument,
     message: Annotated[
@@ -86,12 +74,7 @@ def chat(
     ] = None,
     system: Annotated[str | None, typer.Option(help="What the model is told first.", show_default=False)] = None,
     max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.0,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    repetition_penalty: Penalty = 1.1,
-    seed: Seed = 0,
+    sampling: Sampling = GREEDY,
     dtype: common.DtypeOption = None,
     json: common.JsonOption = False,
 ) -> None:
@@ -107,7 +90,6 @@ def chat(
     """
     from vptq_jax.lm.generation import ContextFull, stream
 
-    settings = _settings(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if message is not None and not message.strip():
         raise ValueError("the message is empty; expected some text")
     if json and message is None:
@@ -128,7 +110,7 @@ def chat(
             common.log.print(str(error), style="yellow", highlight=False)
             continue
         answer = ""
-        for piece in stream(loaded, ids, **settings):
+        for piece in stream(loaded, ids, max_new_tokens=max_new_tokens, sampling=sampling):
             answer += piece
             if not json:
                 print(shown(piece), end="", flush=True)
@@ -139,28 +121,8 @@ def chat(
             print()
 
 
-def _settings(
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float,
-    seed: int,
-) -> dict[str, Any]:
-    """The settings as `generate` takes them, checked before a model is loaded."""
-    from vptq_jax.lm.sampling import Sampling
-
-    if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {max_new_tokens}; expected at least 1")
-    sampling = Sampling(
-        repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-    )
-    return vars(sampling) | {"max_new_tokens": max_new_tokens, "seed": seed}
-
-
 def _fitting(
-    model: Decoder, messages: list[dict[str, str]], max_new_tokens: int
+    model: LanguageModel, messages: list[dict[str, str]], max_new_tokens: int
 ) -> tuple[list[dict[str, str]], list[int]]:
     """The conversation and its token ids, the oldest exchanges left out where no room for an answer is left.
 

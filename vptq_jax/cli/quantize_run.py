@@ -25,7 +25,7 @@ from vptq_jax.spec import QuantConfig
 if TYPE_CHECKING:
     from jax import Array
 
-    from vptq_jax.lm.decoder import Decoder
+    from vptq_jax.lm.language_model import LanguageModel
     from vptq_jax.lm.streamed import StreamedModel
 
 
@@ -94,7 +94,7 @@ def run(
 
 
 def _calibration(
-    model: Decoder | StreamedModel,
+    model: LanguageModel | StreamedModel,
     name: str,
     hessians: Path | None,
     save_hessians: Path | None,

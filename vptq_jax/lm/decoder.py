@@ -121,8 +121,6 @@ class Decoder(nnx.Module):
         embed_tokens, lm_head: `Linear` or `VQLinear` of [vocab_size, hidden_size]; `lm_head` is
             None when the embedding is tied to it.
         layers: the `Block`s.
-        tokenizer: a transformers tokenizer or None; no part of the pytree.
-        generation_config: what the checkpoint's `generation_config.json` held, or None; no part of the pytree.
     """
 
     tables = ("embed_tokens",)  # read by rows, see `nn.forms.quantized`
@@ -135,26 +133,6 @@ class Decoder(nnx.Module):
         self.norm = make_norm(config, source, "model.norm", hidden)
         head = None if config.tie_word_embeddings else source.linear("lm_head", vocab, hidden, bias=False)
         self.lm_head: Linear | VQLinear | None = nnx.data(head)
-        self.tokenizer = None
-        self.generation_config = None
-
-    @property
-    def tokenizer(self) -> Any:
-        """A transformers tokenizer, or None."""
-        return self._tokenizer.value
-
-    @tokenizer.setter
-    def tokenizer(self, value: Any) -> None:
-        self._tokenizer = _Unhashed(value)
-
-    @property
-    def generation_config(self) -> dict[str, Any] | None:
-        """The checkpoint's own settings for generation, or None."""
-        return self._generation_config.value
-
-    @generation_config.setter
-    def generation_config(self, value: dict[str, Any] | None) -> None:
-        self._generation_config = _Unhashed(value)
 
     @property
     def dtype(self) -> Any:
@@ -284,19 +262,6 @@ def check_tokens(tokens: Any, vocab_size: int, what: str = "tokens") -> None:
             f"{what}: token id {ids[row, column]} at row {row}, column {column} is outside the vocabulary; "
             f"expected 0 to {vocab_size - 1}"
         )
-
-
-class _Unhashed:
-    """Carries a value through a module's static part without taking part in its equality."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Unhashed)
-
-    def __hash__(self) -> int:
-        return 0
 
 
 @jax.jit

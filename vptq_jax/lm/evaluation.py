@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from vptq_jax.extras import progress_bar
 from vptq_jax.lm import data
 from vptq_jax.lm.decoder import Decoder, check_tokens
+from vptq_jax.lm.language_model import LanguageModel
 
 HEAD_TOKENS = 256  # Tokens whose logits exist at one time.
 
@@ -38,7 +39,7 @@ class Perplexity:
 
 
 def perplexity(
-    model: Decoder,
+    model: LanguageModel | Decoder,
     tokens: Int[np.ndarray, "tokens"],
     *,
     context: int,
@@ -63,18 +64,19 @@ def perplexity(
         ValueError: the text is shorter than one window, a token id is outside the vocabulary, a
             number is out of range, or the model gives logits that are not finite.
     """
-    limit = model.config.context_length
+    module = LanguageModel.of(model).module
+    limit = module.config.context_length
     if not 2 <= context <= limit:
         raise ValueError(f"context is {context}; expected 2 to {limit} tokens, as long as the model can read")
     windows = data.windows(tokens, context, max_windows)
-    check_tokens(windows, model.config.vocab_size, "text")
+    check_tokens(windows, module.config.vocab_size, "text")
     batches = list(_split(data.batches(windows, batch_size)))
 
     start = time.perf_counter()
     losses: list[float] = []
     with progress_bar(progress, total=len(windows), desc="Perplexity", unit="window") as bar:
         for batch in batches:
-            losses += _window_losses(model, batch).tolist()
+            losses += _window_losses(module, batch).tolist()
             if not np.isfinite(losses).all():
                 raise ValueError(
                     f"the model gives logits that are not finite on window {np.isfinite(losses).argmin()}; "

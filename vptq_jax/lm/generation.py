@@ -21,7 +21,9 @@ from vptq_jax.lm.cache import KVCache
 from vptq_jax.lm.chat import conversation_text
 from vptq_jax.lm.decoder import Decoder, check_tokens
 from vptq_jax.lm.diagnose import first_nonfinite
-from vptq_jax.lm.sampling import Sampling, SamplingArrays, next_token
+from vptq_jax.lm.language_model import LanguageModel
+from vptq_jax.lm.next_token import SamplingArrays, next_token
+from vptq_jax.lm.sampling import GREEDY, Sampling
 from vptq_jax.lm.tokens import TextStream, encode
 from vptq_jax.nn.inference import inference_form
 from vptq_jax.nn.linear import Linear, VQLinear
@@ -74,29 +76,24 @@ class GenerationResult:
 
 
 def generate(
-    model: Decoder,
+    model: LanguageModel | Decoder,
     prompts: Prompt | Sequence[Prompt],
     *,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
+    sampling: Sampling = GREEDY,
     stop_tokens: Sequence[int | str] | None = None,
-    seed: int = 0,
     return_result: bool = False,
 ) -> str | list[str] | list[int] | list[list[int]] | GenerationResult:
     """Continues one prompt, or a batch of prompts of different lengths.
 
     Args:
-        model: any decoder; with a tokenizer for text. Where kernels run, its quantized layers are packed first unless
-            `pack` did so: once, as long as the model and its arrays stay as they are.
+        model: with a tokenizer for text. Where kernels run, its quantized layers are packed first unless `pack` did
+            so: once, as long as the model and its arrays stay as they are.
         prompts: a text, a list of token ids, or a list of either.
         max_new_tokens: at least 1. Generation also ends where the model's context is full.
-        temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; the default is greedy.
+        sampling: how tokens are chosen; by default the most likely one each time. The same settings and prompts give
+            the same tokens.
         stop_tokens: ids or tokens that end a row; None takes the model's own, `()` none.
-        seed: the same seed, prompts and settings give the same tokens.
         return_result: return a `GenerationResult` instead.
 
     Returns:
@@ -105,12 +102,11 @@ def generate(
 
     Raises:
         ValueError: no prompt or an empty one, a prompt that fills the context, max_new_tokens
-            below 1, a token id outside the vocabulary, a setting out of range, text without a
-            tokenizer, or logits that are not finite.
+            below 1, a token id outside the vocabulary, text without a tokenizer, or logits that are
+            not finite.
     """
-    single = _is_single(prompts)
-    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
-    run = _Run.start(model, [prompts] if single else prompts, max_new_tokens, sampling, stop_tokens, seed)
+    lm, single = LanguageModel.of(model), _is_single(prompts)
+    run = _Run.start(lm, [prompts] if single else prompts, max_new_tokens, sampling, stop_tokens)
     # No step is taken here: this compiles the loop, so that the time below is that of decoding.
     run.decode(0)
     begin = time.perf_counter()
@@ -118,22 +114,17 @@ def generate(
     seconds = time.perf_counter() - begin
     if return_result:
         return run.result(seconds)
-    outputs = run.texts() if model.tokenizer is not None else run.tokens()
+    outputs = run.texts() if lm.tokenizer is not None else run.tokens()
     return outputs[0] if single else outputs
 
 
 def stream(
-    model: Decoder,
+    model: LanguageModel,
     prompt: Prompt,
     *,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
+    sampling: Sampling = GREEDY,
     stop_tokens: Sequence[int | str] | None = None,
-    seed: int = 0,
 ) -> Iterator[str]:
     """Continues one prompt and yields its text in pieces as they are decoded.
 
@@ -141,17 +132,16 @@ def stream(
     Arguments and errors are those of `generate`; errors in them are raised by this call, before
     the iteration. The model needs a tokenizer.
     """
-    if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer, which streaming text needs; set model.tokenizer")
+    lm = LanguageModel.of(model)
+    if lm.tokenizer is None:
+        raise ValueError("the model has no tokenizer, which streaming text needs; LanguageModel(module, tokenizer) has")
     if not _is_single(prompt):
         raise ValueError("stream continues one prompt; call generate for a batch")
-    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
-    run = _Run.start(model, [prompt], max_new_tokens, sampling, stop_tokens, seed)
-    return _pieces(run)
+    return _pieces(_Run.start(lm, [prompt], max_new_tokens, sampling, stop_tokens))
 
 
 def _pieces(run: _Run) -> Iterator[str]:
-    text = TextStream(run.model.tokenizer, run.prompts[0])
+    text = TextStream(run.lm.tokenizer, run.prompts[0])
     while True:
         if piece := text.push(run.tokens()[0]):
             yield piece
@@ -162,7 +152,7 @@ def _pieces(run: _Run) -> Iterator[str]:
         yield rest
 
 
-def chat_prompt(model: Decoder, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
+def chat_prompt(model: LanguageModel, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of a conversation in the tokenizer's chat template, ready for the model's answer.
 
     Args:
@@ -173,7 +163,7 @@ def chat_prompt(model: Decoder, messages: str | Sequence[Mapping[str, str]]) -> 
         ValueError: no tokenizer, no chat template, messages of another form, or a template that refuses them, fails or
             takes more than a template may (`chat`).
     """
-    tokenizer = model.tokenizer
+    tokenizer = LanguageModel.of(model).tokenizer
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         missing = "tokenizer" if tokenizer is None else "chat template in its tokenizer"
         raise ValueError(f"the model has no {missing}, which chat needs; use generate with a plain prompt")
@@ -305,30 +295,38 @@ def _choose(state: _State, logits: Array, request: _Request, greedy: bool) -> _S
 class _Run:
     """One generation in progress: the host's side of `_prefill` and `_decode`."""
 
-    def __init__(self, model: Decoder, prompts: list[list[int]], request: _Request, state: _State, greedy: bool):
-        self.model, self.prompts, self.request, self.state, self.greedy = model, prompts, request, state, greedy
+    def __init__(
+        self,
+        lm: LanguageModel,
+        model: Decoder,
+        prompts: list[list[int]],
+        request: _Request,
+        state: _State,
+        greedy: bool,
+    ):
+        self.lm, self.model, self.prompts = lm, model, prompts  # the model is the one that runs, perhaps packed
+        self.request, self.state, self.greedy = request, state, greedy
         self.prefill_seconds = 0.0
 
     @classmethod
     def start(
         cls,
-        model: Decoder,
+        lm: LanguageModel,
         prompts: Sequence[Any],
         max_new_tokens: int,
         sampling: Sampling,
         stop_tokens: Sequence[int | str] | None,
-        seed: int,
     ) -> _Run:
         """Checks everything, then reads the prompts and chooses the first tokens."""
         if not is_integer(max_new_tokens) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {short(max_new_tokens)}; expected a whole number of at least 1")
-        if not is_integer(seed) or not 0 <= seed < 1 << 32:
-            raise ValueError(f"seed is {short(seed)}; expected a whole number from 0 to 2**32 - 1")
-        ids = _prompt_ids(model, prompts)
-        vocab_size, context = model.config.vocab_size, model.config.context_length
-        stop = _stop_ids(model, stop_tokens)
+        if not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling is {short(sampling)}; expected a Sampling, such as Sampling(temperature=0.7)")
+        ids = _prompt_ids(lm, prompts)
+        vocab_size, context = lm.config.vocab_size, lm.config.context_length
+        stop = _stop_ids(lm, stop_tokens)
         limit = np.minimum(min(max_new_tokens, context), context - np.array([len(row) for row in ids]))
-        model = inference_form(model)
+        model = inference_form(lm.module)
         _programs.make_room()
         begin = time.perf_counter()
         width = bucket(max(map(len, ids)))
@@ -343,13 +341,16 @@ class _Run:
         padded_stop = np.full(-(-max(len(stop), 1) // 8) * 8, -1, np.int32)
         padded_stop[: len(stop)] = stop
         request = _Request(
-            jnp.asarray(limit, jnp.int32), jnp.asarray(padded_stop), sampling.traced(vocab_size), jax.random.key(seed)
+            jnp.asarray(limit, jnp.int32),
+            jnp.asarray(padded_stop),
+            SamplingArrays.of(sampling, vocab_size),
+            jax.random.key(sampling.seed),
         )
         capacity = cache_capacity(width + int(limit.max()))
         state = _prefill(
             model, jnp.asarray(tokens), jnp.asarray(start), request, capacity=capacity, greedy=sampling.greedy
         )
-        run = cls(model, ids, request, state, sampling.greedy)
+        run = cls(lm, model, ids, request, state, sampling.greedy)
         run._check()
         run.prefill_seconds = time.perf_counter() - begin
         return run
@@ -386,7 +387,7 @@ class _Run:
         """Text of every row so far."""
         texts = []
         for prompt, tokens in zip(self.prompts, self.tokens(), strict=True):
-            text = TextStream(self.model.tokenizer, prompt)
+            text = TextStream(self.lm.tokenizer, prompt)
             texts.append(text.push(tokens) + text.finish())
         return texts
 
@@ -397,7 +398,7 @@ class _Run:
         rooms = [self.model.config.context_length - len(prompt) for prompt in self.prompts]
         chosen = lengths + stopped
         return GenerationResult(
-            texts=None if self.model.tokenizer is None else self.texts(),
+            texts=None if self.lm.tokenizer is None else self.texts(),
             tokens=self.tokens(),
             prompt_tokens=[len(prompt) for prompt in self.prompts],
             finish_reasons=[
@@ -440,18 +441,18 @@ def _is_token(value: Any) -> bool:
     return is_integer(value) or isinstance(value, np.integer)
 
 
-def _prompt_ids(model: Decoder, prompts: Sequence[Any]) -> list[list[int]]:
+def _prompt_ids(lm: LanguageModel, prompts: Sequence[Any]) -> list[list[int]]:
     if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim not in (1, 2):
         raise ValueError(f"the prompts are an array of shape {prompts.shape}; expected [tokens] or [batch, tokens]")
     if len(prompts) == 0:
         raise ValueError("there is no prompt; expected at least one")
-    context = model.config.context_length
+    context = lm.config.context_length
     ids = []
     for row, prompt in enumerate(prompts):
-        tokens = encode(model.tokenizer, prompt) if isinstance(prompt, str) else _token_list(prompt, row)
+        tokens = encode(lm.tokenizer, prompt) if isinstance(prompt, str) else _token_list(prompt, row)
         if not tokens:
             raise ValueError(f"prompt {row} is empty; expected at least one token")
-        check_tokens(np.array([tokens]), model.config.vocab_size, f"prompt {row}")
+        check_tokens(np.array([tokens]), lm.config.vocab_size, f"prompt {row}")
         if len(tokens) >= context:
             raise ContextFull(
                 f"prompt {row} has {len(tokens)} tokens and the model's context holds {context}, which leaves no room "
@@ -471,20 +472,20 @@ def _token_list(prompt: Any, row: int) -> list[int]:
     return ids.tolist()
 
 
-def _stop_ids(model: Decoder, stop_tokens: Sequence[int | str] | None) -> list[int]:
+def _stop_ids(lm: LanguageModel, stop_tokens: Sequence[int | str] | None) -> list[int]:
     """Ids of the stop tokens; by default those of the config, the generation config and the tokenizer."""
-    vocab_size = model.config.vocab_size
+    vocab_size = lm.config.vocab_size
     if stop_tokens is None:
-        own = (model.generation_config or {}).get("eos_token_id")
-        ids = [*model.config.eos_token_id, *(own if isinstance(own, list) else [own])]
-        ids.append(getattr(model.tokenizer, "eos_token_id", None))
+        own = (lm.generation_config or {}).get("eos_token_id")
+        ids = [*lm.config.eos_token_id, *(own if isinstance(own, list) else [own])]
+        ids.append(getattr(lm.tokenizer, "eos_token_id", None))
         return sorted({token for token in ids if is_integer(token) and 0 <= token < vocab_size})
     if isinstance(stop_tokens, str | bytes | bytearray) or not isinstance(stop_tokens, Iterable):
         raise ValueError(f"stop_tokens is {short(stop_tokens)}; expected a list of tokens")
     found = []
     for token in stop_tokens:
         if isinstance(token, str):
-            pieces = encode(model.tokenizer, token, add_special_tokens=False, what="a stop token")
+            pieces = encode(lm.tokenizer, token, add_special_tokens=False, what="a stop token")
             if len(pieces) != 1:
                 raise ValueError(f"stop token {short(token)} is not one token of the tokenizer; give its token id")
             found.append(pieces[0])

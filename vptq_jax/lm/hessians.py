@@ -19,13 +19,14 @@ from vptq_jax.lm.fingerprint import (
     module_digests,
     text_digest,
 )
+from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.streamed import StreamedModel
 from vptq_jax.nn.collect import collect
 from vptq_jax.nn.hessians import Hessians
 
 
 def collect_hessians(
-    model: Decoder | StreamedModel | nnx.Module,
+    model: LanguageModel | StreamedModel | nnx.Module,
     batches: Iterable[Any],
     call: Callable[[Any, Any], Any] | None = None,
     *,
@@ -51,6 +52,8 @@ def collect_hessians(
     Raises:
         ValueError: there are no batches, an id is outside the vocabulary, or an activation is not finite.
     """
+    if isinstance(model, LanguageModel):
+        model = model.module
     if not isinstance(model, Decoder | StreamedModel):
         return collect(model, batches, call, progress=progress)
     if call is not None:
@@ -85,7 +88,9 @@ def collect_hessians(
     return Hessians(means, modules, tokens, fingerprint, joined_digest(seen))
 
 
-def check_origin(hessians: Hessians, model: Decoder | StreamedModel, batches: Iterable[Tokens], name: str) -> None:
+def check_origin(
+    hessians: Hessians, model: LanguageModel | Decoder | StreamedModel, batches: Iterable[Tokens], name: str
+) -> None:
     """Makes sure that Hessians are those that `collect_hessians` would return; reads all weights once.
 
     Args:
@@ -97,6 +102,8 @@ def check_origin(hessians: Hessians, model: Decoder | StreamedModel, batches: It
     Raises:
         ValueError: they belong to another model, or to other text.
     """
+    if isinstance(model, LanguageModel):
+        model = model.module
     shell = model.shell() if isinstance(model, StreamedModel) else model
     digests = end_digests(shell)
     for layer in range(len(shell.layers)):

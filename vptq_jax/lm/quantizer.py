@@ -24,13 +24,14 @@ from vptq_jax.lm.calibration import Calibration, GivenHessians, RunningCalibrati
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.decoder import Block, Decoder
 from vptq_jax.lm.fingerprint import array_digest, json_digest
+from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.registry import Requirements
 from vptq_jax.lm.report import QuantReport, peak_memory
 from vptq_jax.lm.streamed import StreamedModel
 from vptq_jax.lm.workdir import WorkDir
 from vptq_jax.nn.hessians import Hessians
 from vptq_jax.nn.linear import Linear, VQLinear
-from vptq_jax.nn.quantizer import quantize_module, quantize_operator, raise_unfit, unfit
+from vptq_jax.nn.quantizer import check_rules, quantize_module, quantize_operator, raise_unfit, unfit
 from vptq_jax.quantization.linalg import check_hessian
 from vptq_jax.spec import QuantConfig, VQSpec
 
@@ -52,8 +53,8 @@ def quantize(
     them, come last; an untied embedding has no input, so all its columns count alike.
 
     Args:
-        model: a `Decoder` or `StreamedModel`; or any module, with Hessians (`nn.quantizer.quantize_module`). Left as
-            it is.
+        model: a `LanguageModel`, its module, or a `StreamedModel`; or any other module, with Hessians
+            (`nn.quantizer.quantize_module`). Left as it is.
         config: specs by module path, options, seed; a spec alone stands for `QuantConfig(spec)`.
         calibration: Hessians from `collect_hessians` or `load_hessians`, or token batches [B, T] to collect them
             from on the way (needed for `mode="sequential"`).
@@ -63,8 +64,8 @@ def quantize(
         progress: show a progress bar.
 
     Returns:
-        The quantized model, codebooks in float16 (a tensor that float16 is too narrow for stays in float32, as the
-        report says), and the report.
+        The quantized model (a `LanguageModel` of a `StreamedModel`, else of the kind that was given), codebooks in
+        float16 (a tensor that float16 is too narrow for stays in float32, as the report says), and the report.
 
     Raises:
         ValueError: before work starts: a spec does not fit a layer, nothing is to be quantized, Hessians belong to
@@ -72,12 +73,17 @@ def quantize(
             another run (the message says what changed).
         OSError: `workdir` cannot be written; what was finished stays usable.
     """
-    if not isinstance(model, Decoder | StreamedModel):
+    if not isinstance(model, LanguageModel | Decoder | StreamedModel):
         return _quantize_module(model, config, calibration, workdir, progress=progress)
+    given = model.module if isinstance(model, LanguageModel) else model
     if workdir is None or isinstance(workdir, WorkDir):
-        return _quantize(model, config, calibration, workdir, progress=progress)
-    with WorkDir(workdir) as work:
-        return _quantize(model, config, calibration, work, progress=progress)
+        new, report = _quantize(given, config, calibration, workdir, progress=progress)
+    else:
+        with WorkDir(workdir) as work:
+            new, report = _quantize(given, config, calibration, work, progress=progress)
+    if isinstance(model, Decoder):
+        return new, report
+    return LanguageModel(new, model.tokenizer, model.generation_config), report
 
 
 def _quantize_module(
@@ -97,7 +103,9 @@ def _quantize_module(
 
 
 def run_fingerprint(
-    model: Decoder | StreamedModel, config: QuantConfig | VQSpec | str, calibration: Hessians | Iterable[Tokens]
+    model: LanguageModel | Decoder | StreamedModel,
+    config: QuantConfig | VQSpec | str,
+    calibration: Hessians | Iterable[Tokens],
 ) -> str:
     """Digest of everything that the result of `quantize` depends on, as in its report; reads all weights once.
 
@@ -105,7 +113,7 @@ def run_fingerprint(
         ValueError: as `quantize` does before work starts.
     """
     config = config if isinstance(config, QuantConfig) else QuantConfig(config)
-    shell = _Shell(model)
+    shell = _Shell(model.module if isinstance(model, LanguageModel) else model)
     specs = plan(shell.model.config, config)
     along: Calibration
     if isinstance(calibration, Hessians):
@@ -176,18 +184,12 @@ def _quantize(
 def plan(model: ModelConfig, config: QuantConfig) -> dict[str, VQSpec]:
     """The spec of every layer that is to be quantized, by module path in the order of work.
 
-    Warns about rules that match no layer.
-
     Raises:
-        ValueError: a spec does not fit its layer (all such layers are listed), or no layer has a spec.
+        ValueError: a rule matches no layer, a spec does not fit its layer (all such layers are listed), or no layer has
+            a spec.
     """
     shapes = _linear_shapes(model)
-    for pattern, _ in config.rules:
-        if not any(re.search(pattern, path) for path in shapes):
-            warnings.warn(
-                f"rule {pattern!r} matches no layer; paths look like {next(iter(shapes))!r} or {_EMBEDDING!r}",
-                stacklevel=3,
-            )
+    check_rules(config, shapes)
     specs: dict[str, VQSpec] = {}
     problems: list[str] = []
     for path, shape in shapes.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from vptq_jax.lm.config import ModelConfig
@@ -26,13 +27,11 @@ class StreamedModel:
     config: ModelConfig
     source: ParamSource
     tokenizer: Any = None
-    generation_config: dict[str, Any] | None = None
+    generation_config: Mapping[str, Any] | None = None
 
     def shell(self) -> Decoder:
         """The model with embedding, norm and output projection read, and with shapes for blocks."""
-        model = build(self.config, _WithoutBlocks(self.source))
-        model.tokenizer, model.generation_config = self.tokenizer, self.generation_config
-        return model
+        return build(self.config, _WithoutBlocks(self.source))
 
     def block(self, layer: int) -> Block:
         """One block, read now."""

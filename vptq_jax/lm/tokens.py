@@ -18,7 +18,9 @@ def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True, what: 
         ValueError: there is no tokenizer, or the text is empty or holds half of a character.
     """
     if tokenizer is None:
-        raise ValueError(f"the model has no tokenizer, so {what} must be given as token ids; or set model.tokenizer")
+        raise ValueError(
+            f"the model has no tokenizer, so {what} must be given as token ids; or in a LanguageModel with one"
+        )
     if not text:
         raise ValueError(f"{what} is empty; expected some text")
     try:

@@ -1,11 +1,13 @@
 """The forms of a quantized weight, for one array or for every layer of a module: packed for kernels, or trainable.
 
 Each function returns something new and leaves what it was given as it is. Arrays that both have in common are shared.
+A frozen dataclass with a field `module`, such as a language model, stands for its module and keeps its other fields.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -45,8 +47,8 @@ def pack(weight: Any, *, dtype: Any = None, target: str | None = None, donate: b
         raise NotImplementedError(f"target {target!r} has no kernels; expected one of {known}")
     if isinstance(weight, Packed):
         return weight
-    if not isinstance(weight, VQArray):
-        _check_module(weight, "a VQArray or a module")
+    if not isinstance(weight, VQArray | nnx.Module):
+        return _in_holder(weight, "a VQArray or a module", lambda m: pack(m, dtype=dtype, target=target, donate=donate))
     leaves = weight if isinstance(weight, VQArray) else nnx.state(weight)
     if target is None and (reason := dispatch.why_no_mosaic(dispatch.devices_of(leaves))):
         raise NotImplementedError(f"no kernel runs here: {reason}; target='sm_90' packs for another machine")
@@ -80,7 +82,8 @@ def unpack(weight: Any, *, donate: bool = False) -> Any:
         return array
     if isinstance(weight, VQArray):
         return weight
-    _check_module(weight, "a Packed or a module")
+    if not isinstance(weight, nnx.Module):
+        return _in_holder(weight, "a Packed or a module", lambda module: unpack(module, donate=donate))
     layers = {path: layer for path, layer in quantized(weight).items() if layer.order is not None}
     return replace(
         weight, {path: layer.with_weight(unpack(layer.weight, donate=donate)) for path, layer in layers.items()}
@@ -107,7 +110,8 @@ def trainable(weight: Any, dtype: Any = jnp.float32) -> Any:
         array = unpack(weight)
         floats = {field: value for field in FLOATS if (value := getattr(array, field)) is not None}
         return dataclasses.replace(array, **{field: value.astype(dtype) for field, value in floats.items()})
-    _check_module(weight, "a VQArray, a Packed or a module")
+    if not isinstance(weight, nnx.Module):
+        return _in_holder(weight, "a VQArray, a Packed or a module", lambda module: trainable(module, dtype))
     found = {}
     for path, layer in _all_quantized(weight).items():
         before = {field: str(value.dtype) for field in FLOATS if (value := getattr(layer.array, field)) is not None}
@@ -216,6 +220,8 @@ def _activations(module: nnx.Module) -> np.dtype:
     return np.dtype(jnp.float16 if dtypes == {np.dtype(jnp.float16)} else jnp.bfloat16)
 
 
-def _check_module(value: Any, expected: str) -> None:
-    if not isinstance(value, nnx.Module):
-        raise TypeError(f"found a {type(value).__name__}; expected {expected}")
+def _in_holder(holder: Any, expected: str, change: Callable[[nnx.Module], nnx.Module]) -> Any:
+    module = getattr(holder, "module", None)
+    if not dataclasses.is_dataclass(holder) or isinstance(holder, type) or not isinstance(module, nnx.Module):
+        raise TypeError(f"found a {type(holder).__name__}; expected {expected}")
+    return dataclasses.replace(holder, **{"module": change(module)})
