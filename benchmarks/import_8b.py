@@ -60,24 +60,16 @@ def make(directory: Path, layers: int, spec: str, seed: int = 0) -> None:
 
 
 def _abstract(model_config: Any, spec: str) -> Any:
-    import jax
-
-    from vptq_jax.array import VQArray, expected_shapes
+    from vptq_jax.array import VQArray
+    from vptq_jax.format import Format
     from vptq_jax.lm.params import AbstractSource
     from vptq_jax.lm.registry import build
     from vptq_jax.nn.linear import VQLinear
-    from vptq_jax.spec import VQSpec
 
-    parsed = VQSpec.parse(spec)
     model = build(model_config, AbstractSource(ml_dtypes.bfloat16))
-    kinds = {"indices": np.uint32, "outlier_indices": np.uint16, "perm": np.int32}
     for path, layer in model.linears().items():
-        layout = parsed.layout(*layer.shape)
-        fields: dict[str, Any] = {}
-        for field, shape in expected_shapes(layout, normalize=parsed.normalize, permute=parsed.permute).items():
-            dtype = kinds.get(field, ml_dtypes.bfloat16)
-            fields[field] = None if shape is None else jax.ShapeDtypeStruct(shape, dtype)
-        model.set_linear(path, VQLinear(VQArray(**fields, layout=layout)))
+        format = Format.of(spec, layer.shape)
+        model.set_linear(path, VQLinear(VQArray.abstract(format, ml_dtypes.bfloat16)))
     return model
 
 

@@ -53,10 +53,11 @@ def measure(directory: Path, specs: list[str], rounds: list[int], seeds: list[in
         W, H = data["weight"], data["hessian"]
         for spec in specs:
             for count in rounds:
+                options = vq.SearchOptions(rounds=count)
                 errors, seconds = [], []
                 for seed in seeds:
                     start = time.perf_counter()
-                    array, _ = vq.quantize_weight(W, H, spec, key=jax.random.key(seed), rounds=count)
+                    array, _ = vq.quantize_weight(W, H, spec, key=jax.random.key(seed), options=options)
                     errors.append(relative_error(W, np.asarray(array.dequantize()), H))
                     seconds.append(time.perf_counter() - start)
                 yield {

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from vptq_jax.cli import benchmarking as bench
+from vptq_jax.format import Format
 from vptq_jax.pallas import vq_matmul
-from vptq_jax.spec import VQSpec
 
 
 def milliseconds(*functions: Callable[[], jax.Array], calls: int = 25) -> list[float]:
@@ -43,7 +43,7 @@ def main() -> None:
     print(bench.environment())
     print(f"| {size} x {size}, one row | ms | dense ms | ratio | oracle ms |\n|---|---|---|---|---|")
     for spec in arguments.specs:
-        weight = bench.random_weight(VQSpec.parse(spec).layout(size, size), key, jnp.float32)
+        weight = VQArray.random(key, Format.of(spec, (size, size)), jnp.float32)
         run, oracle = (
             jax.jit(lambda x, w, name=implementation: vq_matmul(x, w, implementation=name))
             for implementation in ("xla", "reference")

@@ -2,7 +2,7 @@
 
 A checkpoint is a directory:
 
-    vptq_jax.json   format version, model config, layout of every quantized layer, dtype and shape
+    vptq_jax.json   format version, model config, format of every quantized layer, dtype and shape
                     of every array, size and CRC-32 of every file, generation config, metadata,
                     and a CRC-32 of all this
     arrays/         the arrays, as Orbax stores them
@@ -32,10 +32,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from vptq_jax.array import VQArray, expected_shapes
+from vptq_jax.array import VQArray
 from vptq_jax.convert.source import FLOATS
 from vptq_jax.convert.tokenizer import load_tokenizer, save_tokenizer
 from vptq_jax.files import Kind, held_interrupt, new_directory
+from vptq_jax.format import Format
 from vptq_jax.json_files import read_json
 from vptq_jax.lm.config import ModelConfig, RopeConfig
 from vptq_jax.lm.decoder import Decoder
@@ -47,7 +48,6 @@ from vptq_jax.nn.forms import Rounding, stored
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.problems import raise_problems
 from vptq_jax.schema import REQUIRED, Reader, is_integer, short
-from vptq_jax.spec import VQLayout
 
 FORMAT_VERSION = 1
 """Raised when older versions of this library could no longer read what is written."""
@@ -208,14 +208,7 @@ def _restored(name: str, array: Array) -> Array:
 
 
 def _manifest(model: Decoder, arrays: Mapping[str, Array]) -> dict[str, Any]:
-    layers = {
-        path: {
-            "layout": dataclasses.asdict(layer.layout),
-            "normalize": layer.scale is not None,
-            "permute": layer.perm is not None,
-        }
-        for path, layer in model.quantized_layers().items()
-    }
+    layers = {path: layer.format.to_json() for path, layer in model.quantized_layers().items()}
     return {
         "format": "vptq_jax",
         "format_version": FORMAT_VERSION,
@@ -245,17 +238,11 @@ class _ManifestSource(AbstractSource):
         record = self._layers.get(name)
         if record is None:
             return super().linear(name, out_features, in_features, bias=bias)
-        layout = VQLayout(**record["layout"])
-        for key in ("normalize", "permute"):
-            if not isinstance(record[key], bool):
-                raise ValueError(f"{key} of {short(name)} is {short(record[key])}; expected true or false")
-        shapes = expected_shapes(layout, normalize=record["normalize"], permute=record["permute"])
-        fields: dict[str, Any] = {
-            field: None if shape is None else jax.ShapeDtypeStruct(shape, self.dtype) for field, shape in shapes.items()
-        }
-        return VQLinear(
-            VQArray(**fields, layout=layout), self.tensor(f"{name}.bias", (out_features,)) if bias else None
-        )
+        try:
+            weight = VQArray.abstract(Format.from_json(record), self.dtype)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"format of {short(name)}: {error}") from None
+        return VQLinear(weight, self.tensor(f"{name}.bias", (out_features,)) if bias else None)
 
 
 def _shell(path: Path, manifest: Mapping[str, Any]) -> tuple[Decoder, list[str], Any]:
@@ -281,7 +268,7 @@ def _array_problems(expected: Mapping[str, Any], recorded: Mapping[str, Any]) ->
         dtype, found = recorded.get(name, (None, None))
         wanted = list(expected[name].shape) if name in expected else None
         if found != wanted:
-            yield f"array {short(name)} has shape {short(found)}; the config and layouts ask for {wanted}"
+            yield f"array {short(name)} has shape {short(found)}; the config and formats ask for {wanted}"
         elif dtype not in _INTEGERS.get(name.rpartition(".")[2], FLOATS):
             kinds = ", ".join(_INTEGERS.get(name.rpartition(".")[2], FLOATS))
             yield f"array {short(name)} has dtype {short(dtype)}; expected {kinds}"
@@ -302,14 +289,22 @@ def _abstract_arrays(manifest: Mapping[str, Any], sharding: Shardings | None) ->
 _ORBAX = threading.Lock()
 
 
+_PATIENCE = 10.0  # seconds
+
+
 def _write_arrays(path: Path, arrays: dict[str, Array]) -> None:
     import orbax.checkpoint as ocp
 
+    others = set(threading.enumerate())
     try:
-        # An interrupted Orbax goes on in threads that nobody waits for.
-        with _ORBAX, held_interrupt(), ocp.StandardCheckpointer() as checkpointer:
+        # An interrupted Orbax goes on in threads that nobody waits for, and threads of its asynchronous checkpointer
+        # wait for ten minutes for one another after an error.
+        with _ORBAX, held_interrupt(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             checkpointer.save(path.absolute(), arrays)
     except Exception as error:  # Orbax and TensorStore raise many kinds
+        for thread in set(threading.enumerate()) - others:
+            if type(thread).__module__.startswith("orbax."):
+                thread.join(_PATIENCE)  # it may write into what is about to be removed
         raise _storage_error(error, path, "cannot be written") from error
 
 

@@ -26,6 +26,7 @@ from vptq_jax.convert.tokenizer import save_tokenizer
 from vptq_jax.convert.vptq_format import SWAPPED, TENSORS, swap_codebooks
 from vptq_jax.extras import byte_bar
 from vptq_jax.files import Kind, new_directory
+from vptq_jax.format import Format
 from vptq_jax.json_files import TOKENIZER_FILES, read_json
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.decoder import Decoder
@@ -33,7 +34,6 @@ from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.norm import RMSNorm
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.problems import raise_problems
-from vptq_jax.spec import VQLayout
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -66,7 +66,7 @@ def plan_vptq(model: LanguageModel | Decoder) -> ExportPlan:
     """The export of a quantized model to the community's VPTQ format; the model may be abstract."""
     model = LanguageModel.of(model).module
     layers = model.quantized_layers()
-    swapped = [path for path, layer in layers.items() if _needs_swap(layer.layout)]
+    swapped = [path for path, layer in layers.items() if _needs_swap(layer.format)]
     problems = list(_config_problems(model.config))
     if not layers:
         problems.append("no layer is quantized; quantize the model first, or export it as 'hf'")
@@ -196,17 +196,17 @@ def _config_problems(config: ModelConfig) -> Iterator[str]:
 
 
 def _layer_problems(path: str, layer: VQLinear) -> Iterator[str]:
-    layout = layer.layout
+    format = layer.format
     if path == _TABLE:
         yield "the format has no quantized embedding table; leave it dense, or export as 'hf'"
-    if layout.outlier_size and layout.outlier_vector_len == 1:
+    if format.outlier_size and format.outlier_vector_len == 1:
         yield "outlier vectors of length 1 mean 'no outliers' to readers of the format; use length 2 or more"
-    if layer.perm is not None and layout.in_features > 1 << 16:
-        yield f"{layout.in_features} input columns do not fit the format's 16-bit permutation"
+    if layer.perm is not None and format.in_features > 1 << 16:
+        yield f"{format.in_features} input columns do not fit the format's 16-bit permutation"
 
 
-def _needs_swap(layout: VQLayout) -> bool:
-    return layout.num_res_centroids > layout.num_centroids
+def _needs_swap(format: Format) -> bool:
+    return format.num_res_centroids > format.num_centroids
 
 
 def _linear_modules(model: Decoder) -> list[str]:
@@ -215,20 +215,20 @@ def _linear_modules(model: Decoder) -> list[str]:
 
 
 def _layer_config(layer: VQLinear, swapped: bool) -> dict[str, Any]:
-    layout = layer.layout
-    main, residual = layout.num_centroids, layout.num_res_centroids
+    format = layer.format
+    main, residual = format.num_centroids, format.num_res_centroids
     if swapped:
         main, residual = residual, main
     return {
-        "in_features": layout.in_features,
-        "out_features": layout.out_features,
+        "in_features": format.in_features,
+        "out_features": format.out_features,
         "bias": layer.bias is not None,
-        "vector_lens": [layout.outlier_vector_len or -1, layout.vector_len],
-        "num_centroids": [layout.num_outlier_centroids or -1, main],
+        "vector_lens": [format.outlier_vector_len or -1, format.vector_len],
+        "num_centroids": [format.num_outlier_centroids or -1, main],
         "num_res_centroids": [-1, residual or -1],
-        "group_num": layout.num_groups,
-        "group_size": layout.group_size,
-        "outlier_size": layout.outlier_size,
+        "group_num": format.num_groups,
+        "group_size": format.group_size,
+        "outlier_size": format.outlier_size,
         "enable_norm": layer.scale is not None,
         "enable_perm": layer.perm is not None,
         "is_indice_packed": True,
@@ -286,9 +286,9 @@ def _quantized(path: str, layer: VQLinear, swapped: bool) -> Iterator[tuple[str,
     shape: tuple[int, ...]
     for field, name in TENSORS.items():
         source = _EXCHANGED.get(field, field) if swapped else field
-        layout = layer.layout
+        format = layer.format
         if field == "indices":
-            shape = (layout.num_groups, layout.num_vectors, layout.packed_words)
+            shape = (format.num_groups, format.num_vectors, format.packed_words)
             dtype = np.dtype(np.int32)
         else:
             variable = getattr(layer, source)

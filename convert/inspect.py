@@ -66,7 +66,7 @@ def facts(model: Decoder) -> dict[str, Any]:
 def _row(path: str, layer: Linear | VQLinear) -> dict[str, Any]:
     weights = math.prod(layer.shape)
     if isinstance(layer, VQLinear):
-        form, nominal, stored = str(layer.layout), layer.layout.nominal_bits, layer.array.nbytes
+        form, nominal, stored = str(layer.format), layer.format.nominal_bits, layer.array.stored_bits // 8
     else:
         nominal = 8.0 * layer.weight.dtype.itemsize
         form, stored = str(layer.weight.dtype), weights * layer.weight.dtype.itemsize

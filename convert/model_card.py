@@ -58,10 +58,10 @@ def _facts(model: Decoder, config: Mapping[str, Any], metadata: Mapping[str, Any
     layers = model.quantized_layers()
     facts = []
     if layers:
-        specs = Counter(str(layer.layout) for layer in layers.values())
+        specs = Counter(str(layer.format) for layer in layers.values())
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
-        nominal = sum(layer.layout.nominal_bits * layer.shape[0] * layer.shape[1] for layer in layers.values())
-        stored = 8 * sum(layer.array.nbytes for layer in layers.values())
+        nominal = sum(layer.format.nominal_bits * layer.shape[0] * layer.shape[1] for layer in layers.values())
+        stored = sum(layer.array.stored_bits for layer in layers.values())
         facts += [
             ("spec", ", ".join(f"{spec} ({count} layers)" for spec, count in specs.most_common())),
             ("bits per weight, indices alone", f"{nominal / weights:.3f}"),

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vptq_jax.array import VQArray, expected_shapes
+from vptq_jax.array import VQArray
 from vptq_jax.convert.hf import (
     finish,
     is_harmless,
@@ -26,6 +26,8 @@ from vptq_jax.convert.hf import (
 from vptq_jax.convert.safetensors_reader import SafetensorsFiles
 from vptq_jax.convert.source import FLOATS, HeaderSource, StoredSource, check_dtype, to_device
 from vptq_jax.extras import byte_bar
+from vptq_jax.format import FLOATS as FLOAT_FIELDS
+from vptq_jax.format import Format
 from vptq_jax.json_files import read_json, resolve_directory
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.decoder import Decoder
@@ -35,7 +37,6 @@ from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.packing import pack_indices
 from vptq_jax.problems import raise_problems
 from vptq_jax.schema import is_integer, short
-from vptq_jax.spec import VQLayout
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,29 +73,26 @@ _PERM_DTYPES = ("int16", "uint16", "int32", "int64")
 class StoredLayer:
     """How one quantized layer lies in the checkpoint."""
 
-    layout: VQLayout
-    normalize: bool
-    permute: bool
+    format: Format
     packed: bool
     swapped: bool = False
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the layer (without bias), by name inside the layer."""
-        layout = self.layout
-        fields = expected_shapes(layout, normalize=self.normalize, permute=self.permute)
-        shapes = {TENSORS[field]: shape for field, shape in fields.items() if shape is not None}
-        plain = (layout.num_groups, layout.num_vectors, layout.group_size)
+        format = self.format
+        shapes = {TENSORS[field]: shape for field, shape in format.shapes().items() if shape is not None}
+        plain = (format.num_groups, format.num_vectors, format.group_size)
         if not self.packed:
             shapes["indices"] = plain
-            if layout.num_res_centroids:
+            if format.num_res_centroids:
                 shapes[_RES_INDICES] = plain
         for name in ("centroids.weight", "res_centroids.weight"):
             if name in shapes:
                 groups, size, length = shapes[name]
                 shapes[name] = (groups, size * length)
-        if layout.outlier_size:
+        if format.outlier_size:
             shapes["outlier_indices"] = (1, *shapes["outlier_indices"])
-            shapes["outlier_centroids.weight"] = (1, layout.num_outlier_centroids * layout.outlier_vector_len)
+            shapes["outlier_centroids.weight"] = (1, format.num_outlier_centroids * format.outlier_vector_len)
         return shapes
 
 
@@ -220,7 +218,7 @@ def read_layer(raw: Mapping[str, Any], out_features: int, in_features: int, *, s
         raise ValueError(
             f"num_res_centroids is {[outlier_residuals, residuals]}: outliers with a residual are not read"
         )
-    layout = VQLayout(
+    format = Format(
         out_features=out_features,
         in_features=in_features,
         vector_len=length,
@@ -230,19 +228,19 @@ def read_layer(raw: Mapping[str, Any], out_features: int, in_features: int, *, s
         outlier_size=outliers,
         outlier_vector_len=outlier_length if outliers else 0,
         num_outlier_centroids=outlier_centroids if outliers else 0,
-    )
-    size = _integer(raw, "group_size", -1)
-    if size > 0 and size != layout.group_size:
-        raise ValueError(
-            f"group_size is {size}; {in_features} columns less {outliers} outliers in {groups} groups make "
-            f"{layout.group_size}"
-        )
-    return StoredLayer(
-        layout,
         normalize=_boolean(raw, "enable_norm"),
         permute=_boolean(raw, "enable_perm"),
+    )
+    size = _integer(raw, "group_size", -1)
+    if size > 0 and size != format.group_size:
+        raise ValueError(
+            f"group_size is {size}; {in_features} columns less {outliers} outliers in {groups} groups make "
+            f"{format.group_size}"
+        )
+    return StoredLayer(
+        format,
         packed=_boolean(raw, "is_indice_packed"),
-        swapped=swapped and layout.num_res_centroids > 0,
+        swapped=swapped and format.num_res_centroids > 0,
     )
 
 
@@ -259,14 +257,14 @@ def content_problems(stored: VPTQCheckpoint, *, everything: bool = False) -> Ite
             if everything and stored.files[name].dtype.name in FLOATS:
                 yield from nonfinite_problems(name, stored.files.read(name))
         elif name.endswith(".perm"):
-            yield from _perm_problems(name, stored.files.read(name), layer.layout.in_features)
+            yield from _perm_problems(name, stored.files.read(name), layer.format.in_features)
         elif name.endswith(".outlier_indices"):
-            yield from _range_problems(name, stored.files.read(name), layer.layout.num_outlier_centroids)
+            yield from _range_problems(name, stored.files.read(name), layer.format.num_outlier_centroids)
         elif not name.endswith("indices"):
             yield from nonfinite_problems(name, stored.files.read(name))
         elif not layer.packed:
             residual = name.endswith(_RES_INDICES)
-            size = layer.layout.num_res_centroids if residual else layer.layout.num_centroids
+            size = layer.format.num_res_centroids if residual else layer.format.num_centroids
             yield from _range_problems(name, stored.files.read(name), size)
 
 
@@ -286,16 +284,15 @@ class _VPTQSource(StoredSource):
         return VQLinear(weight, self.tensor(f"{name}.bias", (out_features,)) if bias else None)
 
     def _read_weight(self, path: str, layer: StoredLayer) -> VQArray:
-        shapes = expected_shapes(layer.layout, normalize=layer.normalize, permute=layer.permute)
         fields: dict[str, Any] = {}
-        for field, shape in shapes.items():
+        for field, shape in layer.format.shapes().items():
             if shape is None:
                 fields[field] = None
             elif field != "indices":
                 fields[field] = to_device(f"{path}.{TENSORS[field]}", self._read_field(path, field).reshape(shape))
         if layer.packed:
             indices = jax.device_put(self._read_field(path, "indices"))
-            weight = VQArray(indices=indices, layout=layer.layout, **fields)
+            weight = VQArray(indices=indices, format=layer.format, **fields)
         else:
             weight = self._pack(path, layer, fields)
         return swap_codebooks(weight) if layer.swapped else weight
@@ -314,10 +311,10 @@ class _VPTQSource(StoredSource):
     def _pack(self, path: str, layer: StoredLayer, fields: dict[str, Any]) -> VQArray:
         main = _unsigned(self._stored.files.read(f"{path}.indices")).astype(np.uint32)
         residual = None
-        if layer.layout.num_res_centroids:
+        if layer.format.num_res_centroids:
             residual = _unsigned(self._stored.files.read(f"{path}.{_RES_INDICES}")).astype(np.uint32)
         packed: Any = (main, residual)
-        return VQArray.from_indices(layer.layout, *packed, **fields)
+        return VQArray.from_indices(layer.format, *packed, **fields)
 
 
 class _AbstractVPTQSource(HeaderSource):
@@ -332,21 +329,19 @@ class _AbstractVPTQSource(HeaderSource):
         layer = self._stored.layers.get(name)
         if layer is None:
             return super().linear(name, out_features, in_features, bias=bias)
-        layout = swapped_layout(layer.layout) if layer.swapped else layer.layout
-        dtypes = {"indices": np.uint32, "outlier_indices": np.uint16, "perm": np.int32}
-        shapes = expected_shapes(layout, normalize=layer.normalize, permute=layer.permute)
-        fields: dict[str, Any] = dict.fromkeys(shapes)
-        for field, shape in shapes.items():
-            if shape is not None:
-                dtype = dtypes.get(field) or self._stored.files[f"{name}.{TENSORS[field]}"].dtype
-                fields[field] = jax.ShapeDtypeStruct(shape, dtype)
-        weight = VQArray(**fields, layout=layout)
+        format = swapped_format(layer.format) if layer.swapped else layer.format
+        weight = VQArray.abstract(format)
+        floats = {field: value for field in FLOAT_FIELDS if (value := getattr(weight, field)) is not None}
+        for field, value in floats.items():
+            dtype = self._stored.files[f"{name}.{TENSORS[field]}"].dtype
+            floats[field] = jax.ShapeDtypeStruct(value.shape, dtype)
+        weight = dataclasses.replace(weight, **floats)
         return VQLinear(weight, self.tensor(f"{name}.bias", (out_features,)) if bias else None)
 
 
-def swapped_layout(layout: VQLayout) -> VQLayout:
-    """The layout with the sizes of main and residual codebook exchanged."""
-    return dataclasses.replace(layout, num_centroids=layout.num_res_centroids, num_res_centroids=layout.num_centroids)
+def swapped_format(format: Format) -> Format:
+    """The format with the sizes of main and residual codebook exchanged."""
+    return dataclasses.replace(format, num_centroids=format.num_res_centroids, num_res_centroids=format.num_centroids)
 
 
 def swap_codebooks(weight: VQArray) -> VQArray:
@@ -354,10 +349,10 @@ def swap_codebooks(weight: VQArray) -> VQArray:
     main, residual = weight.unpack()
     assert residual is not None
     assert weight.res_codebook is not None
-    layout = swapped_layout(weight.layout)
-    packed = pack_indices(residual, main, layout.index_bits, layout.res_index_bits)
+    format = swapped_format(weight.format)
+    packed = pack_indices(residual, main, format.index_bits, format.res_index_bits)
     return dataclasses.replace(
-        weight, indices=packed, codebook=weight.res_codebook, res_codebook=weight.codebook, layout=layout
+        weight, indices=packed, codebook=weight.res_codebook, res_codebook=weight.codebook, format=format
     )
 
 
@@ -394,7 +389,7 @@ def _header_problems(
 def _is_empty_outlier(name: str, layers: Mapping[str, StoredLayer]) -> bool:
     """The reference allocates an outlier codebook and no indices where there are no outlier columns."""
     path, _, tail = name.partition(".outlier_")
-    return bool(tail) and path in layers and not layers[path].layout.outlier_size
+    return bool(tail) and path in layers and not layers[path].format.outlier_size
 
 
 def _dtypes_of(name: str, layer: StoredLayer) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vptq_jax.array import VQArray
+from vptq_jax.format import Format
 from vptq_jax.spec import VQSpec
 
 # (spec, out_features, in_features): every vector length, codebooks in and beyond shared memory,
@@ -54,7 +55,7 @@ def poison():
 def random_weight(spec: str, out_features: int, in_features: int, dtype=jnp.bfloat16, seed: int = 0) -> VQArray:
     """A weight with random indices; columns stored as minimum and range, as published checkpoints have them."""
     parsed = VQSpec.parse(spec)
-    layout = parsed.layout(out_features, in_features)
+    format = Format.of(parsed, (out_features, in_features))
     rng = np.random.default_rng(seed)  # Not jax.random: that compiles anew for every shape.
 
     def indices(shape, entries):
@@ -63,15 +64,15 @@ def random_weight(spec: str, out_features: int, in_features: int, dtype=jnp.bflo
     def codebook(shape, mean, deviation):
         return jnp.asarray(rng.normal(mean, deviation, shape), dtype)
 
-    shape = (layout.num_groups, layout.num_vectors, layout.group_size)
-    books = (layout.num_groups, layout.num_centroids, layout.vector_len)
-    residual = layout.num_res_centroids > 0
+    shape = (format.num_groups, format.num_vectors, format.group_size)
+    books = (format.num_groups, format.num_centroids, format.vector_len)
+    residual = format.num_res_centroids > 0
     fields = {}
-    if layout.outlier_size:
+    if format.outlier_size:
         fields["outlier_indices"] = indices(
-            (layout.num_outlier_vectors, layout.outlier_size), layout.num_outlier_centroids
+            (format.num_outlier_vectors, format.outlier_size), format.num_outlier_centroids
         )
-        fields["outlier_codebook"] = codebook((layout.num_outlier_centroids, layout.outlier_vector_len), 0.5, 0.15)
+        fields["outlier_codebook"] = codebook((format.num_outlier_centroids, format.outlier_vector_len), 0.5, 0.15)
     if parsed.normalize:
         scale = 0.2 * np.exp(0.3 * rng.normal(size=in_features))
         fields["scale"] = jnp.asarray(scale, jnp.float32)
@@ -79,11 +80,11 @@ def random_weight(spec: str, out_features: int, in_features: int, dtype=jnp.bflo
     if parsed.permute:
         fields["perm"] = jnp.asarray(rng.permutation(in_features), jnp.int32)
     return VQArray.from_indices(
-        layout,
-        indices(shape, layout.num_centroids),
-        indices(shape, layout.num_res_centroids) if residual else None,
+        format,
+        indices(shape, format.num_centroids),
+        indices(shape, format.num_res_centroids) if residual else None,
         codebook(books, 0.5 if parsed.normalize else 0.0, 0.15),
-        codebook((layout.num_groups, layout.num_res_centroids, layout.vector_len), 0.0, 0.05) if residual else None,
+        codebook((format.num_groups, format.num_res_centroids, format.vector_len), 0.0, 0.05) if residual else None,
         **fields,
     )
 

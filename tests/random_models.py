@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vptq_jax.array import VQArray, expected_shapes
+from vptq_jax.array import VQArray
+from vptq_jax.format import Format
 from vptq_jax.lm.config import ModelConfig, RopeConfig
 from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.params import DenseSource
@@ -39,25 +40,25 @@ class NumpySource(DenseSource):
 def random_vqarray(spec, out_features, in_features, seed, dtype=jnp.float32):
     """A VQArray with random contents: no algorithm involved."""
     spec = VQSpec.parse(spec)
-    layout = spec.layout(out_features, in_features)
+    format = Format.of(spec, (out_features, in_features))
     rng = np.random.default_rng(seed)
     fields = {}
-    for name, shape in expected_shapes(layout, normalize=spec.normalize, permute=spec.permute).items():
+    for name, shape in format.shapes().items():
         if shape is None:
             fields[name] = None
             continue
         if name == "indices":
             value = rng.integers(0, 1 << 32, shape, np.uint32)
-            spare = 32 * shape[-1] - layout.group_size * (layout.index_bits + layout.res_index_bits)
+            spare = 32 * shape[-1] - format.group_size * (format.index_bits + format.res_index_bits)
             value[..., -1] &= np.uint32((1 << (32 - spare)) - 1)
         elif name == "outlier_indices":
-            value = rng.integers(0, layout.num_outlier_centroids, shape, np.uint16)
+            value = rng.integers(0, format.num_outlier_centroids, shape, np.uint16)
         elif name == "perm":
             value = rng.permutation(in_features).astype(np.int32)
         else:
             value = (0.3 * rng.standard_normal(shape)).astype(dtype)
         fields[name] = jax.device_put(value)
-    return VQArray(**fields, layout=layout)
+    return VQArray(**fields, format=format)
 
 
 def random_model(config=CONFIG, specs=("v6-k16-4",), dtype=jnp.float32, seed=0):
@@ -72,7 +73,7 @@ def random_model(config=CONFIG, specs=("v6-k16-4",), dtype=jnp.float32, seed=0):
 
 
 def assert_same_bits(left, right):
-    """The same modules, layouts, shapes, dtypes and bytes."""
+    """The same modules, formats, shapes, dtypes and bytes."""
     left, right = (LanguageModel.of(model).module for model in (left, right))
     assert nnx.graphdef(left) == nnx.graphdef(right)
     for (path, a), (_, b) in zip(*(jax.tree.leaves_with_path(nnx.state(m)) for m in (left, right)), strict=True):

@@ -104,7 +104,7 @@ def test_unknown_types_are_answered_with_the_known_ones():
 def test_hugging_face_directories_are_read(tmp_path, model_type):
     reference = torch_model(model_type, **options(model_type))
     reference.save_pretrained(tmp_path)
-    model, tokens = load_hf(tmp_path), random_tokens(2, 20)
+    model, tokens = load_hf(tmp_path).module, random_tokens(2, 20)
     assert (model.lm_head is None) == ARCHITECTURES[model_type].tie_word_embeddings
     assert np.abs(model(tokens) - torch_logits(reference, tokens)).max() <= 2e-4
 

@@ -1,6 +1,7 @@
 """`VQArray` and the XLA matmul against a loop in NumPy."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vptq_jax.array import VQArray
+from vptq_jax.format import Format
 from vptq_jax.nn.linear import Linear, VQIndices, VQLinear, project
 from vptq_jax.pallas.vq_matmul import vq_matmul
 from vptq_jax.spec import VQSpec
@@ -19,17 +21,17 @@ from vptq_jax.spec import VQSpec
 def random_array(text: str, rows: int, columns: int, seed: int = 0, dtype=np.float32) -> tuple[VQArray, dict]:
     """A random quantized weight and the plain NumPy arrays it was made of."""
     spec = VQSpec.parse(text)
-    layout = spec.layout(rows, columns)
+    format = Format.of(spec, (rows, columns))
     rng = np.random.default_rng(seed)
 
     def floats(*shape):
         return rng.normal(size=shape).astype(dtype)
 
-    groups, size, length = layout.num_groups, layout.group_size, layout.vector_len
+    groups, size, length = format.num_groups, format.group_size, format.vector_len
     parts = {
-        "main": rng.integers(0, layout.num_centroids, (groups, layout.num_vectors, size)),
+        "main": rng.integers(0, format.num_centroids, (groups, format.num_vectors, size)),
         "residual": None,
-        "codebook": floats(groups, layout.num_centroids, length),
+        "codebook": floats(groups, format.num_centroids, length),
         "res_codebook": None,
         "outlier_indices": None,
         "outlier_codebook": None,
@@ -37,28 +39,28 @@ def random_array(text: str, rows: int, columns: int, seed: int = 0, dtype=np.flo
         "offset": floats(columns) if spec.normalize else None,
         "perm": rng.permutation(columns) if spec.permute else None,
     }
-    if layout.num_res_centroids:
-        parts["residual"] = rng.integers(0, layout.num_res_centroids, parts["main"].shape)
-        parts["res_codebook"] = floats(groups, layout.num_res_centroids, length)
-    if layout.outlier_size:
-        shape = (layout.num_outlier_vectors, layout.outlier_size)
-        parts["outlier_indices"] = rng.integers(0, layout.num_outlier_centroids, shape)
-        parts["outlier_codebook"] = floats(layout.num_outlier_centroids, layout.outlier_vector_len)
-    array = VQArray.from_indices(layout, **jax.tree.map(jnp.asarray, parts))
+    if format.num_res_centroids:
+        parts["residual"] = rng.integers(0, format.num_res_centroids, parts["main"].shape)
+        parts["res_codebook"] = floats(groups, format.num_res_centroids, length)
+    if format.outlier_size:
+        shape = (format.num_outlier_vectors, format.outlier_size)
+        parts["outlier_indices"] = rng.integers(0, format.num_outlier_centroids, shape)
+        parts["outlier_codebook"] = floats(format.num_outlier_centroids, format.outlier_vector_len)
+    array = VQArray.from_indices(format, **jax.tree.map(jnp.asarray, parts))
     return array, parts
 
 
-def decode_by_loop(layout, parts) -> np.ndarray:
+def decode_by_loop(format, parts) -> np.ndarray:
     """The format's definition, one weight at a time, float32."""
-    weight = np.zeros((layout.out_features, layout.in_features), np.float32)
-    for row in range(layout.out_features):
-        for column in range(layout.in_features):
-            if column < layout.outlier_size:
-                vector, within = divmod(row, layout.outlier_vector_len)
+    weight = np.zeros((format.out_features, format.in_features), np.float32)
+    for row in range(format.out_features):
+        for column in range(format.in_features):
+            if column < format.outlier_size:
+                vector, within = divmod(row, format.outlier_vector_len)
                 value = parts["outlier_codebook"][parts["outlier_indices"][vector, column], within]
             else:
-                group, inside = divmod(column - layout.outlier_size, layout.group_size)
-                vector, within = divmod(row, layout.vector_len)
+                group, inside = divmod(column - format.outlier_size, format.group_size)
+                vector, within = divmod(row, format.vector_len)
                 value = parts["codebook"][group, parts["main"][group, vector, inside], within]
                 if parts["residual"] is not None:
                     value = value + parts["res_codebook"][group, parts["residual"][group, vector, inside], within]
@@ -86,7 +88,7 @@ spec_texts = st.builds(
 def test_dequantize_equals_the_definition(text, rows, columns, seed):
     array, parts = random_array(text, rows, columns, seed)
     array.validate()
-    expected = decode_by_loop(array.layout, parts)
+    expected = decode_by_loop(array.format, parts)
     np.testing.assert_allclose(array.dequantize(), expected, rtol=1e-6, atol=1e-6)
     some = jnp.asarray([[0, rows - 1], [rows // 2, 0]])
     np.testing.assert_allclose(array.take_rows(some), expected[np.asarray(some)], rtol=1e-6, atol=1e-6)
@@ -96,7 +98,7 @@ def test_dequantize_equals_the_definition(text, rows, columns, seed):
 def test_matmul_and_gradients_equal_the_dense_product(text):
     array, parts = random_array(text, 40, 132)
     x = jax.random.normal(jax.random.key(1), (2, 3, 132))
-    dense = decode_by_loop(array.layout, parts).astype(np.float64)
+    dense = decode_by_loop(array.format, parts).astype(np.float64)
     np.testing.assert_allclose(vq_matmul(x, array), np.asarray(x, np.float64) @ dense.T, rtol=1e-4, atol=1e-3)
 
     fields = [f for f in ("codebook", "res_codebook", "scale", "offset") if getattr(array, f) is not None]
@@ -114,12 +116,12 @@ def test_matmul_and_gradients_equal_the_dense_product(text):
         dW = dW * parts["scale"]
     if parts["perm"] is not None:
         dW = dW[:, parts["perm"]]
-    layout = array.layout
+    format = array.format
     expected = np.zeros(parts["codebook"].shape)
-    for row in range(layout.out_features):
-        for column in range(layout.outlier_size, layout.in_features):
-            group, inside = divmod(column - layout.outlier_size, layout.group_size)
-            vector, within = divmod(row, layout.vector_len)
+    for row in range(format.out_features):
+        for column in range(format.outlier_size, format.in_features):
+            group, inside = divmod(column - format.outlier_size, format.group_size)
+            vector, within = divmod(row, format.vector_len)
             expected[group, parts["main"][group, vector, inside], within] += dW[row, column]
     np.testing.assert_allclose(dleaves["codebook"], expected, rtol=1e-3, atol=1e-2)
 
@@ -135,9 +137,68 @@ def test_matmul_refuses_misfits():
 def test_bits_count_every_stored_byte():
     array, _ = random_array("v8-k256-256", 1024, 512)
     stored = 1024 * 512 * 2 // 8 + 2 * 256 * 8 * 4 + 2 * 512 * 4 + 512 * 2  # indices, codebooks, scale+offset, perm
-    assert array.nbytes == stored
+    assert array.stored_bits == 8 * stored
+    assert array.nbytes == stored + 2 * 512  # a permutation has four bytes a column in memory
     assert array.bits_per_weight == pytest.approx(8 * stored / (1024 * 512))
-    assert array.layout.nominal_bits == 2
+    assert array.format.nominal_bits == 2
+
+
+SPECS = st.sampled_from(["v8-k16", "v6-k16-8-nonorm", "v4-k8-4-g2-noperm", "v3-k8-o10v5k4"])
+
+
+@given(SPECS, st.integers(1, 40), st.integers(4, 32))
+def test_a_format_says_what_arrays_are_there(text, rows, columns):
+    format = Format.of(text, (rows, 2 * columns))
+    abstract = VQArray.abstract(format, jnp.bfloat16)
+    array = VQArray.random(jax.random.key(0), format, jnp.bfloat16).validate()
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), array) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
+    narrow = array.astype(jnp.float16)
+    assert narrow.dtype == jnp.float16
+    assert narrow.stored_bits == format.stored_bits
+    assert Format.from_json(json.loads(json.dumps(format.to_json()))) == format
+    made, _ = random_array(text, rows, 2 * columns)
+    assert jax.tree.structure(made) == jax.tree.structure(array)
+
+
+def test_random_weights_have_the_size_of_real_ones():
+    weight = VQArray.random(jax.random.key(0), Format.of("v8-k256", (256, 256)), jnp.float32).dequantize()
+    assert abs(weight.mean()) < 1e-3
+    assert 0.015 < weight.std() < 0.025
+
+
+def test_a_matrix_has_what_an_array_has():
+    array, _ = random_array("v4-k16-8", 12, 20)
+    assert (array.shape, array.ndim, array.size) == ((12, 20), 2, 240)
+    np.testing.assert_array_equal(array.T, array.dequantize().T)
+    wide = array.astype(jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {jnp.dtype(t) for t in ("bfloat16", "uint32", "int32")}
+    assert array.nbytes == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(array))
+
+
+def test_a_stack_says_its_shape_and_is_scanned():
+    arrays = [random_array("v4-k16-8", 12, 20, seed)[0] for seed in range(3)]
+    stack = VQArray.stack(arrays)
+    assert (stack.shape, stack.ndim, stack.size) == ((3, 12, 20), 3, 720)
+    assert stack.stored_bits == 3 * arrays[0].stored_bits
+    assert stack.bits_per_weight == arrays[0].bits_per_weight
+    assert jax.eval_shape(lambda a: a, stack).shape == (3, 12, 20)
+    x = jnp.ones((2, 20))
+    expected = [vq_matmul(x, array) for array in arrays]
+
+    def one(total, weight):
+        assert weight.shape == (12, 20)
+        return total, vq_matmul(x, weight)
+
+    for found in (jax.lax.scan(one, 0, stack)[1], jax.vmap(lambda weight: one(0, weight)[1])(stack)):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_stacks_of_unlike_formats_are_refused():
+    arrays = [random_array(text, 12, 20)[0] for text in ("v4-k16-8", "v4-k16")]
+    with pytest.raises(ValueError, match=r"one format; found v4-k16-8 \[12, 20\] and v4-k16 \[12, 20\]"):
+        VQArray.stack(arrays)
+    with pytest.raises(ValueError, match="found no weights"):
+        VQArray.stack([])
 
 
 def test_validate_names_every_problem():

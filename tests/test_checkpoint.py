@@ -42,13 +42,12 @@ def test_quantized_embeddings_and_heads_come_back(tmp_path):
     checkpoint.save(model, tmp_path / "m")
     loaded = checkpoint.load(tmp_path / "m")
     assert_same_bits(model, loaded)
-    assert all(isinstance(layer, VQLinear) for layer in loaded.all_linears().values())
+    assert all(isinstance(layer, VQLinear) for layer in loaded.module.all_linears().values())
     np.testing.assert_array_equal(np.asarray(model(TOKENS)), np.asarray(loaded(TOKENS)))
 
 
 def test_tokenizer_and_generation_config_come_along(tiny_hf, tmp_path):
-    model = load_hf(tiny_hf)
-    model.generation_config = {"temperature": 0.5}
+    model = dataclasses.replace(load_hf(tiny_hf), generation_config={"temperature": 0.5})
     checkpoint.save(model, tmp_path / "m")
     loaded = checkpoint.load(tmp_path / "m")
     text = "the quick brown fox"
@@ -69,7 +68,7 @@ def test_arrays_go_where_they_are_sent(tmp_path):
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
         place = lambda name, array: rows if name == "embed_tokens.weight" else whole
-        model = checkpoint.load({str(tmp_path / "m")!r}, sharding=place)
+        model = checkpoint.load({str(tmp_path / "m")!r}, sharding=place).module
         assert model.embed_tokens.weight[...].sharding == rows
         assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(nnx.state(model)))
         print(float(abs(np.asarray(model(np.arange(14).reshape(2, 7)))).sum()))
@@ -180,8 +179,8 @@ def edit_manifest(path, change, *, forge=True):
         (lambda m: m.update(format_version="1"), "does not describe"),
         (lambda m: m["files"].update({"\x1b[31mred": [1, 1]}), r"'\\x1b\[31mred' is missing"),
         (lambda m: m["config"].update(surprise=1), "is damaged"),
-        (lambda m: m["layers"]["model.layers.0.mlp.up_proj"]["layout"].update(num_centroids=1 << 40), "1099511627776"),
-        (lambda m: m["layers"]["model.layers.0.mlp.up_proj"]["layout"].update(vector_len=5), "disagrees with itself"),
+        (lambda m: m["layers"]["model.layers.0.mlp.up_proj"]["format"].update(num_centroids=1 << 40), "1099511627776"),
+        (lambda m: m["layers"]["model.layers.0.mlp.up_proj"]["format"].update(vector_len=5), "disagrees with itself"),
         (lambda m: m["layers"].pop("model.layers.0.mlp.up_proj"), "disagrees with itself"),
         (lambda m: m["files"].update({"../../etc/passwd": [1, 1]}), "lies outside"),
     ],

@@ -123,7 +123,7 @@ def test_inspection_counts_what_loading_finds(sources, kind):
     assert seen == facts(loaded)
     if kind != "hf":
         weights = [layer.weight for layer in loaded.linears().values()]
-        bits = 8 * sum(w.nbytes for w in weights) / sum(np.prod(w.shape) for w in weights)
+        bits = sum(w.stored_bits for w in weights) / sum(np.prod(w.shape) for w in weights)
         assert seen["bits_total"] == pytest.approx(bits)
         assert {row["format"] for row in seen["layers"]} == {"v6-k16-4", "v4-k8-g4", "float32"}
 

@@ -111,7 +111,7 @@ def torch_logits(model):
 @pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
 def test_llama_logits_are_those_of_pytorch(tmp_path, options):
     model = llama(**options)
-    loaded = load_gguf(write_gguf(tmp_path / "m.gguf", model))
+    loaded = load_gguf(write_gguf(tmp_path / "m.gguf", model)).module
     assert loaded.config.rms_norm_eps == model.config.rms_norm_eps
     assert loaded.config.tie_word_embeddings == model.config.tie_word_embeddings
     np.testing.assert_allclose(np.asarray(loaded(TOKENS)), torch_logits(model), atol=2e-5)
@@ -123,7 +123,7 @@ def test_qwen2_keeps_its_row_order_and_biases(tmp_path):
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
-    loaded = load_gguf(write_gguf(tmp_path / "m.gguf", model, "qwen2"))
+    loaded = load_gguf(write_gguf(tmp_path / "m.gguf", model, "qwen2")).module
     assert loaded.config.model_type == "qwen2"
     np.testing.assert_allclose(np.asarray(loaded(TOKENS)), torch_logits(model), atol=2e-5)
 
@@ -132,7 +132,7 @@ def test_qwen3_norms_its_heads(tmp_path):
     torch.manual_seed(0)
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TINY, head_dim=32)).eval()
     file = write_gguf(tmp_path / "m.gguf", norms_apart(model), "qwen3", edit=lambda w: w.add_key_length(32))
-    loaded = load_gguf(file)
+    loaded = load_gguf(file).module
     assert loaded.config.model_type == "qwen3"
     np.testing.assert_allclose(np.asarray(loaded(TOKENS)), torch_logits(model), atol=2e-5)
 
@@ -164,7 +164,7 @@ def test_rope_scaling_is_recovered(tmp_path, kind):
         if kind == "yarn":
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
-    loaded = load_gguf(write_gguf(tmp_path / "m.gguf", model, edit=edit, extra=extra))
+    loaded = load_gguf(write_gguf(tmp_path / "m.gguf", model, edit=edit, extra=extra)).module
     assert loaded.config.rope.type == kind
     assert loaded.config.rope.factor == rope["factor"]
     np.testing.assert_allclose(np.asarray(loaded(TOKENS)), torch_logits(model), atol=2e-5)
@@ -173,7 +173,7 @@ def test_rope_scaling_is_recovered(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_types_hold_the_weights_to_their_precision(tmp_path, kind):
     model = llama()
-    loaded = load_gguf(write_gguf(tmp_path / "m.gguf", model, kind=Q[kind]))
+    loaded = load_gguf(write_gguf(tmp_path / "m.gguf", model, kind=Q[kind])).module
     tolerance = {"F16": 1e-3, "BF16": 4e-3, "Q8_0": 1e-2}.get(kind, 0.2 if "Q4" in kind else 0.1)
     for path, layer in loaded.linears().items():
         exact = model.state_dict()[f"{path}.weight"].numpy()
@@ -236,7 +236,7 @@ def test_nothing_needs_torch(smollm2_gguf):
         sys.modules["torch"] = None
         from vptq_jax.convert.gguf import load_gguf
         model = load_gguf({str(smollm2_gguf)!r}, dtype="bfloat16")
-        print(model.tokenizer("Hello")["input_ids"], model.dtype)
+        print(model.tokenizer("Hello")["input_ids"], model.module.dtype)
     """
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True, timeout=200
@@ -246,7 +246,7 @@ def test_nothing_needs_torch(smollm2_gguf):
 
 def test_the_real_weights_are_those_of_transformers(smollm2_gguf):
     reader = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
-    ours = load_gguf(smollm2_gguf)
+    ours = load_gguf(smollm2_gguf).module
     with torch.device("meta"):
         shell = transformers.LlamaForCausalLM(transformers.LlamaConfig(**ours.config.to_hf()))
     theirs = reader.load_gguf_checkpoint(str(smollm2_gguf), return_tensors=True, model_to_load=shell)["tensors"]

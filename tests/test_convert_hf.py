@@ -54,7 +54,7 @@ def test_logits_are_those_of_pytorch(tmp_path, name, shard):
     model = reference(name)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors").exists() == (shard == "5GB")
-    loaded = load_hf(tmp_path)
+    loaded = load_hf(tmp_path).module
     assert loaded.config.model_type == name.split("_")[0]
     assert (loaded.lm_head is None) == ("tied" in name)
     np.testing.assert_allclose(np.asarray(loaded(TOKENS)), torch_logits(model), atol=2e-5)
@@ -64,10 +64,10 @@ def test_logits_are_those_of_pytorch(tmp_path, name, shard):
 def test_stored_dtypes_are_kept_or_converted(tmp_path, dtype):
     model = reference("llama").to(getattr(torch, dtype))
     model.save_pretrained(tmp_path)
-    loaded = load_hf(tmp_path)
+    loaded = load_hf(tmp_path).module
     assert loaded.dtype == jnp.dtype(dtype)
     assert loaded.config.dtype == dtype
-    exact = load_hf(tmp_path, dtype=jnp.float32)
+    exact = load_hf(tmp_path, dtype=jnp.float32).module
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     stored = load_file(tmp_path / "model.safetensors")
     for path, layer in exact.linears().items():
@@ -122,7 +122,7 @@ def test_harmless_tensors_are_ignored(tiny_hf, tmp_path):
     def edit(tensors):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
 
-    assert load_hf(edited(tiny_hf, tmp_path, edit, {"tie_word_embeddings": True})).lm_head is None
+    assert load_hf(edited(tiny_hf, tmp_path, edit, {"tie_word_embeddings": True})).module.lm_head is None
 
 
 @pytest.mark.parametrize(

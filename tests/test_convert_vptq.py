@@ -47,7 +47,7 @@ def golden(name, request):
 def test_published_checkpoints_mean_what_the_reference_makes_of_them(name, request):
     path = golden(name, request)
     expected = np.load(path / "expected.npz")
-    model = load_vptq(path, dtype="float32")
+    model = load_vptq(path, dtype="float32").module
     for key in (key for key in expected if key.startswith("weight/")):
         dense = np.asarray(model.linears()[key.removeprefix("weight/")].weight.dequantize())
         assert ulps(dense, expected[key]) <= 1, key
@@ -57,7 +57,7 @@ def test_published_checkpoints_mean_what_the_reference_makes_of_them(name, reque
 def test_a_bfloat16_checkpoint_runs_in_bfloat16():
     path = HERE / "v8_k256_r256_absorbed_bf16"
     expected = np.load(path / "expected.npz")
-    model = load_vptq(path)
+    model = load_vptq(path).module
     assert model.dtype == jnp.bfloat16
     logits = np.asarray(model(expected["token_ids"]))
     assert np.linalg.norm(logits - expected["logits"]) < 2e-2 * np.linalg.norm(expected["logits"])
@@ -67,7 +67,7 @@ def test_a_bfloat16_checkpoint_runs_in_bfloat16():
 def test_stored_bits_reach_the_model_unchanged(name, request):
     path = golden(name, request)
     stored = load_file(path / "model.safetensors")
-    model = load_vptq(path)
+    model = load_vptq(path).module
     for prefix, layer in model.linears().items():
         weight = layer.weight
         pairs = {
@@ -133,7 +133,7 @@ def test_shared_layer_configs_apply_where_no_own_one_does(tmp_path, kept):
         del section["config_for_layers"]["model.layers.1.up_proj.unused"]
 
     source = HERE / "v6_k64_pad"
-    assert_same_weights(load_vptq(source), load_vptq(write_edited(source, tmp_path, share)))
+    assert_same_weights(load_vptq(source).module, load_vptq(write_edited(source, tmp_path, share)).module)
 
 
 def test_unknown_keys_are_ignored_with_one_line(tmp_path, caplog):
@@ -153,7 +153,7 @@ def test_unknown_keys_are_ignored_with_one_line(tmp_path, caplog):
 @pytest.mark.parametrize("perm_dtype", [np.int64, np.int32, np.uint16])
 def test_unpacked_indices_and_wide_permutations(case, perm_dtype, tmp_path, request):
     source = golden(case, request)
-    reference = load_vptq(source)
+    reference = load_vptq(source).module
 
     def unpack(tensors):
         for path, layer in reference.linears().items():
@@ -173,7 +173,7 @@ def test_unpacked_indices_and_wide_permutations(case, perm_dtype, tmp_path, requ
 
 def test_layers_left_dense_and_modules_not_converted(tmp_path):
     source = HERE / "v6_k64_pad"
-    reference = load_vptq(source)
+    reference = load_vptq(source).module
     dense = weights_of(reference)
     path, other = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"
 
@@ -187,7 +187,9 @@ def test_layers_left_dense_and_modules_not_converted(tmp_path):
         del section_of(raw)["config_for_layers"][path]
         section_of(raw)["modules_to_not_convert"] = ["lm_head", f"{other}.weight"]
 
-    assert_same_weights_or_dense(reference, load_vptq(write_edited(source, tmp_path, say_so, densify)), {path, other})
+    assert_same_weights_or_dense(
+        reference, load_vptq(write_edited(source, tmp_path, say_so, densify)).module, {path, other}
+    )
 
 
 def assert_same_weights_or_dense(left, right, dense):
@@ -212,9 +214,9 @@ def test_shards_and_tied_embeddings(tmp_path):
         save_file({name: tensors[name] for name in part}, tmp_path / file)
     weight_map = {name: file for file, part in shards.items() for name in part}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    model = load_vptq(tmp_path)
+    model = load_vptq(tmp_path).module
     assert model.lm_head is None
-    assert_same_weights(model, load_vptq(source))
+    assert_same_weights(model, load_vptq(source).module)
 
 
 # ---- out
@@ -252,7 +254,7 @@ def test_round_trips_are_bit_equal(tmp_path_factory, specs, dtype, bias, tied, s
     path = tmp_path_factory.mktemp("trip") / "model"
     files = save_vptq(model, path, max_shard_bytes=shard)
     assert ("model.safetensors" in files) == (shard > 3000)
-    again = load_vptq(path)
+    again = load_vptq(path).module
     assert_same_bits(model, again)
     assert again.config == model.config
 
@@ -299,7 +301,7 @@ FAMILIES = {
 def test_other_families_travel_and_compute_our_logits(tmp_path, family):
     model = random_model(ModelConfig(**(vars(CONFIG) | FAMILIES[family])), ("v8-k16-8",))
     save_vptq(model, tmp_path / "m")
-    again = load_vptq(tmp_path / "m")
+    again = load_vptq(tmp_path / "m").module
     assert again.config == model.config
     assert_same_bits(model, again)
     np.testing.assert_allclose(np.asarray(model(TOKENS)), original_logits(tmp_path / "m"), atol=2e-4)
@@ -356,7 +358,7 @@ def test_a_larger_residual_codebook_changes_roles_and_back(tmp_path):
     foreign = json.loads((tmp_path / "m" / "config.json").read_text())
     del foreign["quantization_config"]["vptq_jax"]
     (tmp_path / "m" / "config.json").write_text(json.dumps(foreign))
-    assert_same_weights(model, load_vptq(tmp_path / "m"))
+    assert_same_weights(model, load_vptq(tmp_path / "m").module)
 
 
 def test_a_wide_residual_written_by_others_is_read(tmp_path):
@@ -378,7 +380,7 @@ def test_a_wide_residual_written_by_others_is_read(tmp_path):
         tensors[f"{path}.perm"] = np.asarray(layer.perm[...]).astype(np.int16)
     (tmp_path / "m" / "config.json").write_text(json.dumps(raw))
     save_file(tensors, tmp_path / "m" / "model.safetensors")
-    assert_same_weights(wide, load_vptq(tmp_path / "m"))
+    assert_same_weights(wide, load_vptq(tmp_path / "m").module)
 
 
 def test_what_the_format_cannot_say_is_refused(tmp_path):
@@ -407,12 +409,13 @@ def test_nonfinite_codebooks_are_not_written(tmp_path):
 
 
 def test_the_model_card_states_the_facts(tmp_path, tiny_hf):
-    model = load_hf(tiny_hf)
+    lm = load_hf(tiny_hf)
+    model = lm.module
     for number, (path, layer) in enumerate(model.linears().items()):
         model.set_linear(path, VQLinear(random_vqarray("v8-k16-4", *layer.shape, number)))
-    save_vptq(model, tmp_path / "card", metadata={"calibration": "128 x 2048 tokens of C4", "seed": 3})
+    save_vptq(lm, tmp_path / "card", metadata={"calibration": "128 x 2048 tokens of C4", "seed": 3})
     card = (tmp_path / "card" / "README.md").read_text()
-    bits = 8 * sum(layer.weight.nbytes for layer in model.linears().values())
+    bits = sum(layer.weight.stored_bits for layer in model.linears().values())
     bits /= sum(np.prod(layer.shape) for layer in model.linears().values())
     for text in (
         "v8-k16-4 (14 layers)",
@@ -425,7 +428,7 @@ def test_the_model_card_states_the_facts(tmp_path, tiny_hf):
     ):
         assert text in card
     assert (tmp_path / "card" / "tokenizer.json").exists()
-    assert load_vptq(tmp_path / "card").tokenizer("the fox")["input_ids"] == model.tokenizer("the fox")["input_ids"]
+    assert load_vptq(tmp_path / "card").tokenizer("the fox")["input_ids"] == lm.tokenizer("the fox")["input_ids"]
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -476,7 +479,7 @@ def test_importing_keeps_the_packed_size(tmp_path):
     perms = sum(2 * layer.shape[1] for layer in model.linears().values())  # int32 here, int16 there
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) == stored.files.nbytes + perms
     assert jax.tree.map(lambda a: (a.shape, a.dtype), nnx.state(stored.abstract())) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), nnx.state(load_vptq(tmp_path / "m"))
+        lambda a: (a.shape, a.dtype), nnx.state(load_vptq(tmp_path / "m").module)
     )
     assert VQSpec.parse("v8-k256-16").nominal_bits == 1.5
     assert ml_dtypes.bfloat16 == leaves[0].dtype

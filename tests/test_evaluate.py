@@ -103,7 +103,7 @@ def test_token_outside_the_vocabulary(tiny, tokens):
 
 
 def test_model_with_nan(tiny_hf, tokens):
-    broken = load_hf(tiny_hf)
+    broken = load_hf(tiny_hf).module
     weight = broken.norm.weight
     weight[...] = jnp.full(weight.shape, jnp.nan)
     with pytest.raises(ValueError, match="logits that are not finite on window 0"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -156,7 +157,7 @@ def test_one_program_serves_lengths_calls_and_settings():
 
 def test_the_cache_is_donated():
     model = random_model("llama")
-    run = module._Run.start(model, prompts(5), 8, module.Sampling(), (), 0)
+    run = module._Run.start(LanguageModel(model), prompts(5), 8, Sampling(), ())
     keys = run.state.cache.keys
     run.decode(3)
     assert all(array.is_deleted() for array in keys)
@@ -223,6 +224,38 @@ def test_no_piece_ends_inside_a_character(tokenizer_alone, text):
 @pytest.fixture(scope="module")
 def tokenizer_alone(talker):
     return talker.tokenizer
+
+
+@given(st.text(min_size=1, max_size=30), st.lists(st.integers(1, 5), min_size=1))
+def test_pieces_of_every_size_make_the_whole(tokenizer_alone, text, sizes):
+    ids = tokenizer_alone(text, add_special_tokens=False)["input_ids"]
+    ends = [*(end for end in np.cumsum(sizes) if end < len(ids)), len(ids)]
+    tokens = TextStream(tokenizer_alone)
+    pieces = [tokens.push(ids[:end]) for end in ends]
+    assert "".join(pieces) + tokens.finish() == tokenizer_alone.decode(ids, skip_special_tokens=True)
+
+
+def test_streamed_text_is_decoded_in_linear_time(tokenizer_alone):
+    ids = tokenizer_alone("the quick brown fox 🌧 " * 100, add_special_tokens=False)["input_ids"]
+    decoded = []
+
+    class Counting:
+        def decode(self, tokens, **options):
+            decoded.append(len(tokens))
+            return tokenizer_alone.decode(tokens, **options)
+
+    tokens = TextStream(Counting())
+    text = "".join(tokens.push(ids[:end]) for end in range(0, len(ids) + 8, 8))
+    assert text == tokenizer_alone.decode(ids, skip_special_tokens=True)
+    assert sum(decoded) <= 6 * len(ids)
+
+
+def test_a_stream_flattens_its_model_once(talker, monkeypatch):
+    flattened = []
+    flatten = jax.tree_util.tree_flatten
+    monkeypatch.setattr(jax.tree, "flatten", lambda tree, **o: flattened.append(type(tree)) or flatten(tree, **o))
+    assert len(list(stream(talker, "the lazy dog", max_new_tokens=60, stop_tokens=()))) > 4
+    assert flattened.count(type(talker.module)) == 1
 
 
 def test_broken_characters_come_at_the_end(talker):

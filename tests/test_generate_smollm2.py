@@ -10,6 +10,7 @@ import transformers
 from vptq_jax.convert.loading import load
 from vptq_jax.lm.decoder import Decoder
 from vptq_jax.lm.generation import generate
+from vptq_jax.lm.language_model import LanguageModel
 
 torch = pytest.importorskip("torch")
 
@@ -23,8 +24,13 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def model(smollm2_gguf) -> Decoder:
+def lm(smollm2_gguf) -> LanguageModel:
     return load(smollm2_gguf)
+
+
+@pytest.fixture(scope="module")
+def model(lm) -> Decoder:
+    return lm.module
 
 
 @pytest.fixture(scope="module")
@@ -48,33 +54,33 @@ def reference(model):
     return reference.eval()
 
 
-def test_logits(model, reference):
-    tokens = np.array([model.tokenizer(" ".join(PROMPTS))["input_ids"]])
+def test_logits(lm, model, reference):
+    tokens = np.array([lm.tokenizer(" ".join(PROMPTS))["input_ids"]])
     with torch.no_grad():
         expected = reference(torch.tensor(tokens)).logits.numpy()
     assert np.abs(model(tokens) - expected).max() <= 2e-4
 
 
 @pytest.fixture(scope="module")
-def single(model) -> list[list[int]]:
+def single(lm) -> list[list[int]]:
     """64 greedy tokens of each prompt, one prompt at a time."""
     options = {"max_new_tokens": 64, "stop_tokens": (), "return_result": True}
-    return [generate(model, prompt, **options).tokens[0] for prompt in PROMPTS]
+    return [generate(lm, prompt, **options).tokens[0] for prompt in PROMPTS]
 
 
-def test_greedy_equals_transformers(model, reference, single):
+def test_greedy_equals_transformers(lm, reference, single):
     # Every token is the one that PyTorch finds most likely after those before it, so by induction
     # PyTorch's greedy text is the same; one forward pass per prompt tells.
     for prompt, tokens in zip(PROMPTS, single, strict=True):
-        ids = model.tokenizer(prompt)["input_ids"]
+        ids = lm.tokenizer(prompt)["input_ids"]
         with torch.no_grad():
             logits = reference(torch.tensor([[*ids, *tokens]])).logits[0]
         assert len(tokens) == 64
         assert logits.argmax(-1)[len(ids) - 1 : -1].tolist() == tokens
 
 
-def test_padded_batch_equals_single_prompts(model, single):
-    assert generate(model, PROMPTS, max_new_tokens=64, stop_tokens=(), return_result=True).tokens == single
+def test_padded_batch_equals_single_prompts(lm, single):
+    assert generate(lm, PROMPTS, max_new_tokens=64, stop_tokens=(), return_result=True).tokens == single
 
 
 def test_loading_keeps_float32(model):

@@ -23,7 +23,7 @@ def batches():
 
 @pytest.fixture(scope="module")
 def model(tiny_hf):
-    return load(tiny_hf)
+    return load(tiny_hf).module
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_tied_output_projection_is_the_embedding(batches):
 def test_fingerprint_tells_models_apart_not_dtypes(tiny_hf, model, hessians, batches):
     again = collect_hessians(load(tiny_hf), batches[:1], progress=False)
     assert again.fingerprint == hessians.fingerprint
-    other = load(tiny_hf)
+    other = load(tiny_hf).module
     path = "model.layers.1.mlp.down_proj"
     other.set_linear(path, Linear(other.linears()[path].weight[...].at[5, 7].add(1e-3)))
     changed = collect_hessians(other, batches[:1], progress=False)
@@ -128,7 +128,7 @@ def test_saved_and_loaded(hessians, tmp_path):
     ],
 )
 def test_activations_that_are_not_finite_are_named(tiny_hf, batches, path, named):
-    model = load(tiny_hf)
+    model = load(tiny_hf).module
     weight = model.linears()[path].weight[...]
     model.set_linear(path, Linear(weight.at[0, 0].set(np.nan)))
     with pytest.raises(ValueError, match=rf"gives {named} values that are NaN"):

@@ -12,7 +12,7 @@ from vptq_jax.convert.loading import load, recognize
 
 
 def test_saved_models_and_hugging_face_directories(tiny_hf, tmp_path):
-    model = load(tiny_hf)
+    model = load(tiny_hf).module
     checkpoint.save(model, tmp_path / "m")
     assert recognize(tiny_hf) == ("hf", tiny_hf)
     assert recognize(tmp_path / "m") == ("orbax", tmp_path / "m")
@@ -20,8 +20,8 @@ def test_saved_models_and_hugging_face_directories(tiny_hf, tmp_path):
     expected = np.asarray(load_hf(tiny_hf)(tokens))
     for path in (tiny_hf, tmp_path / "m"):
         np.testing.assert_array_equal(np.asarray(load(path)(tokens)), expected)
-    assert load(tiny_hf, dtype="bfloat16").dtype == "bfloat16"
-    assert load(tmp_path / "m", dtype="bfloat16").dtype == "bfloat16"
+    assert load(tiny_hf, dtype="bfloat16").module.dtype == "bfloat16"
+    assert load(tmp_path / "m", dtype="bfloat16").module.dtype == "bfloat16"
     with pytest.raises(ValueError, match="dtype is int8; expected one of float32, float16, bfloat16"):
         load(tmp_path / "m", dtype="int8")
 

@@ -172,7 +172,7 @@ def test_a_trained_model_is_saved_in_the_dtypes_that_it_had(model, tmp_path):
     rounding = vq.save(student, tmp_path / "m")
     assert 1e-6 < rounding.error < 1e-3
     assert rounding.wide == ()
-    again = checkpoint.load(tmp_path / "m")
+    again = checkpoint.load(tmp_path / "m").module
     found = again.layers[0].mlp.up_proj
     assert found.codebook.dtype == jnp.float16
     np.testing.assert_array_equal(found.codebook[...], layer.codebook[...].astype(jnp.float16))
@@ -187,19 +187,33 @@ def test_values_beyond_float16_keep_their_dtype_and_are_named(model, tmp_path, f
     with pytest.warns(UserWarning, match=r"saved in a wide dtype.*layers\.0\.mlp\.up_proj\.codebook"):
         rounding = vq.save(student, tmp_path / "m")
     assert rounding.wide == ("layers.0.mlp.up_proj.codebook",)
-    found = checkpoint.load(tmp_path / "m").layers[0].mlp.up_proj
+    found = checkpoint.load(tmp_path / "m").module.layers[0].mlp.up_proj
     np.testing.assert_array_equal(found.codebook[...], layer.codebook[...])
     assert found.res_codebook.dtype == jnp.float16
 
 
 def test_loading_packs_for_inference_unless_it_is_for_training(model, launches, tmp_path):
     vq.save(model, tmp_path / "m")
-    packed, student = vq.load(tmp_path / "m"), vq.load(tmp_path / "m", trainable=True)
+    packed, student = (vq.load(tmp_path / "m", trainable=trainable).module for trainable in (False, True))
     assert all(layer.order is not None for layer in packed.linears().values())
     for path, layer in student.linears().items():
         assert layer.codebook.dtype == jnp.float32
         np.testing.assert_array_equal(layer.array.dequantize(), model.linears()[path].array.dequantize(), err_msg=path)
-    assert vq.load(tmp_path / "m", dtype="float32").dtype == jnp.float32
+    assert vq.load(tmp_path / "m", dtype="float32").module.dtype == jnp.float32
+
+
+def test_a_language_model_stands_for_its_module(model):
+    lm = vq.LanguageModel(model, "a tokenizer", {"top_k": 3})
+    packed, student = vq.pack(lm, target="sm_90"), vq.trainable(lm)
+    assert all(layer.order is not None for layer in packed.module.linears().values())
+    assert_same(leaves(vq.unpack(packed).module), leaves(model))
+    assert {layer.codebook.dtype for layer in student.module.linears().values()} == {jnp.dtype("float32")}
+    for new in (packed, student):
+        assert (new.tokenizer, new.generation_config) == (lm.tokenizer, lm.generation_config)
+    with pytest.raises(TypeError, match="found a str; expected a VQArray or a module"):
+        vq.pack("model")
+    with pytest.raises(TypeError, match="found a str; expected a LanguageModel or its module"):
+        vq.generate("model", [1])
 
 
 def test_single_arrays():

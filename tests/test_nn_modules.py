@@ -195,11 +195,11 @@ def test_the_search_is_pure():
     W = jnp.asarray(rng.standard_normal((3, 24, 8)), jnp.float32)
     X = rng.standard_normal((3, 40, 8)).astype(np.float32)
     H, keys = jnp.asarray(np.einsum("eti,etj->eij", X, X)), jax.random.split(jax.random.key(0), 3)
-    layout = vq.VQSpec.parse("v2-k16-4").layout(24, 8)
-    options = {"normalize": True, "permute": True, "kmeans_iters": 20, "samples_per_centroid": 64, "rounds": 1}
+    format = vq.Format.of("v2-k16-4", (24, 8))
+    options = vq.SearchOptions(kmeans_iters=20, rounds=1)
 
     def one(W, H, key):
-        return search(W, H, key, 0.01, 1e-3, layout=layout, **options)
+        return search(W, H, key, format=format, options=options)
 
     stacked, stats = jax.jit(jax.vmap(one))(W, H, keys)
     for i in range(3):
@@ -235,3 +235,39 @@ def test_arrays_in_modules_of_other_libraries():
 
     holder = Holder()
     np.testing.assert_array_equal(nnx.jit(lambda m, x: vq_matmul(x, m.weight))(holder, x), vq_matmul(x, weight))
+
+
+def test_an_equinox_module_trains_its_codebooks():
+    equinox = pytest.importorskip("equinox")
+    optax = pytest.importorskip("optax")
+
+    class Layer(equinox.Module):
+        weight: vq.VQArray
+        bias: jax.Array
+
+        def __call__(self, x):
+            return vq.matmul(x, self.weight) + self.bias
+
+    rng = np.random.default_rng(0)
+    weight, _ = vq.quantize_weight(
+        rng.standard_normal((16, 8)).astype(np.float32), np.eye(8, dtype=np.float32), "v2-k16", key=jax.random.key(0)
+    )
+    layer = Layer(vq.trainable(weight), jnp.zeros(16))
+    x = jnp.asarray(rng.standard_normal((32, 8)), jnp.float32)
+    target = x @ jnp.asarray(rng.standard_normal((8, 16)), jnp.float32)
+    np.testing.assert_allclose(layer(x), x @ weight.dequantize().T, rtol=1e-5, atol=1e-5)
+    optimizer = optax.adam(1e-2)
+
+    @equinox.filter_jit
+    def step(layer, state):
+        loss, gradients = equinox.filter_value_and_grad(lambda m: jnp.mean((m(x) - target) ** 2))(layer)
+        updates, state = optimizer.update(gradients, state)
+        return equinox.apply_updates(layer, updates), state, loss
+
+    state, losses = optimizer.init(equinox.filter(layer, equinox.is_inexact_array)), []
+    for _ in range(20):
+        layer, state, loss = step(layer, state)
+        losses.append(float(loss))
+    assert losses == sorted(losses, reverse=True)
+    np.testing.assert_array_equal(layer.weight.indices, weight.indices)
+    assert not np.array_equal(layer.weight.codebook, weight.codebook)

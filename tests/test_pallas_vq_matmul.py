@@ -20,6 +20,7 @@ from pallas_cases import (
     relative_error,
 )
 
+from vptq_jax.format import Format
 from vptq_jax.pallas.vq_matmul import (
     RMS,
     api,
@@ -36,7 +37,6 @@ from vptq_jax.pallas.vq_matmul import kernel as product_kernel
 from vptq_jax.pallas.vq_matmul.dequantize import DecodeConfig
 from vptq_jax.pallas.vq_matmul.packed import Order
 from vptq_jax.pallas.vq_matmul.plan import Config, Plan
-from vptq_jax.spec import VQSpec
 
 # Besides `CASES`: vectors of odd length in both forms of table, outputs in several row groups.
 SIMULATED_CASES = [
@@ -68,7 +68,7 @@ def _assert_same(first, second):
     order=st.sampled_from([Order(4, 8), Order(4, 2), Order(2, 2), Order(4, 4)]),
 )
 def test_streams_lose_nothing(vector_len, out_features, columns, groups, order):
-    weight = VQSpec.parse(f"v{vector_len}-k65536-g{groups}").layout(out_features, columns * groups)
+    weight = Format.of(f"v{vector_len}-k65536-g{groups}", (out_features, columns * groups))
     grid = packed.UnitGrid(weight, order)
     shape = (groups, weight.num_vectors, columns)
     index = np.random.default_rng(columns).integers(0, 1 << 16, shape, np.uint32)
@@ -81,7 +81,7 @@ def test_streams_lose_nothing(vector_len, out_features, columns, groups, order):
 def test_words_lose_nothing(bits):
     """Loads of 4, 2 and 1 words, and entries across word borders."""
     residual = f"-{1 << bits[1]}" if bits[1] else ""
-    weight = VQSpec.parse(f"v8-k{1 << bits[0]}{residual}").layout(128, 128)
+    weight = Format.of(f"v8-k{1 << bits[0]}{residual}", (128, 128))
     grid = packed.UnitGrid(weight, Order(4, 8))
     rng = np.random.default_rng(0)
     shape = (*grid.words_shape[:3], grid.streams, grid.order.entries)
@@ -101,7 +101,7 @@ def test_chosen_order_loses_nothing(spec, out_features, in_features):
 
 @pytest.mark.parametrize(("spec", "bits"), [("v8-k256-256", 16), ("v8-k4096", 12), ("v8-k256", 8), ("v8-k2048", 11)])
 def test_kernel_order_moves_exactly_the_index_bits(spec, bits):
-    weight = VQSpec.parse(spec).layout(1024, 4096)
+    weight = Format.of(spec, (1024, 4096))
     grid = packed.UnitGrid(weight, choose_order([weight]))
     assert 32 * np.prod(grid.words_shape) == weight.num_vectors * weight.group_size * bits
 
@@ -111,7 +111,7 @@ def test_stream_of_a_thread():
     weight = random_weight("v8-k256-nonorm-noperm", 64, 128)
     order = Order(4, 8)
     main, _ = weight.unpack()
-    streams = packed._to_streams(main, packed.UnitGrid(weight.layout, order))
+    streams = packed._to_streams(main, packed.UnitGrid(weight.format, order))
     # Block 2 of the unit's rows, its second vector; columns 32 * 1 + 8 * 3 + 4 * 1 + 2 * 1 + 0.
     thread, entry = 2 * 3 + 8 * 1 + 16 * 1, (2 * 1 + 1) * 4 + 2
     assert streams[0, 0, 0, thread, entry] == main[0, 5, 62]
@@ -137,8 +137,8 @@ def test_packing_says_why_it_cannot():
     column_warps=st.sampled_from([1, 2, 4, 16]),
 )
 def test_every_row_group_has_slots_for_its_blocks(outs, columns, groups, rows, blocks, column_warps):
-    layouts = tuple(VQSpec.parse(f"v8-k256-g{groups}").layout(out, columns * groups) for out in outs)
-    plan = Plan(layouts, Order(4, 4), rows, "bf16", Config(blocks, column_warps))
+    formats = tuple(Format.of(f"v8-k256-g{groups}", (out, columns * groups)) for out in outs)
+    plan = Plan(formats, Order(4, 4), rows, "bf16", Config(blocks, column_warps))
     size = plan.slabs_per_row_group
     for start in range(0, plan.total, size):
         owners = {plan.block_of(slab) for slab in range(start, start + size)}
@@ -163,9 +163,7 @@ def test_staging_gives_way():
     """To rows off 16 bytes, to codebooks that fill shared memory, to many rows, to long rows and to the user."""
 
     def staged(spec, in_features=4096, rows=1, **options):
-        return Plan(
-            (VQSpec.parse(spec).layout(4096, in_features),), Order(4, 4), rows, "bf16", Config(**options)
-        ).stage_x
+        return Plan((Format.of(spec, (4096, in_features)),), Order(4, 4), rows, "bf16", Config(**options)).stage_x
 
     assert staged("v8-k256-256")
     assert staged("v8-k256-256", 4096, 4)
@@ -379,7 +377,7 @@ def test_a_packed_weight_has_no_gradient(stand_in):
 
 def test_derivatives_through_the_norm(stand_in):
     weights = [random_weight("v4-k16-8", out, 34, seed=out) for out in (20, 12)]
-    order = choose_order([weight.layout for weight in weights])
+    order = choose_order([weight.format for weight in weights])
     kernels = [pack(weight, order) for weight in weights]
     x, norm = activations(3, 34), RMS(activations(1, 34)[0], 1e-5)
 
@@ -468,7 +466,7 @@ def test_kernel_agrees_with_float64(spec, out_features, in_features, rows, dtype
 @pytest.mark.parametrize("groups", [1, 2])
 def test_kernel_of_several_weights(groups):
     weights = [random_weight(f"v8-k256-256-g{groups}", out, 512, seed=out) for out in (384, 128, 200)]
-    order = choose_order([weight.layout for weight in weights])
+    order = choose_order([weight.format for weight in weights])
     x = activations(2, 512)
     products = vq_matmuls(x, [pack(weight, order) for weight in weights], implementation="mosaic")
     for product, weight in zip(products, weights, strict=True):
@@ -480,7 +478,7 @@ def test_kernel_of_several_weights(groups):
 @pytest.mark.parametrize("rows", [1, 4, 8])
 def test_kernel_normalizes(spec, rows):
     weights = [random_weight(spec, out, 520, seed=out) for out in (384, 200)]
-    order = choose_order([weight.layout for weight in weights])
+    order = choose_order([weight.format for weight in weights])
     x, norm = 30 * activations(rows, 520), RMS(1 + 0.3 * activations(1, 520)[0], 0.5)
     products = jax.jit(lambda x, w, norm: vq_matmuls(x, w, norm=norm, implementation="mosaic"))
     poison()

@@ -55,7 +55,7 @@ def test_columns_that_no_step_divides(spec, rows):
 def test_a_small_product_in_parts(out):
     """Parts of 144 rows of vectors, and of 101, of which one overlaps."""
     weight = random_vqarray("v2-k256", out, 70, seed=0)
-    assert xla._rows_at_a_time(weight.layout, 32, 4) in (144, 101)
+    assert xla._rows_at_a_time(weight.format, 32, 4) in (144, 101)
     x = jax.random.normal(jax.random.key(1), (2, 70))
     expected = exact(x, weight)
     found = vq_matmul(x, weight, implementation="xla")

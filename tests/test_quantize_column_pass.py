@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vptq_jax.format import Format
 from vptq_jax.quantization.column_pass import column_pass
 from vptq_jax.quantization.columns import Codes, arrange, decode_all
 from vptq_jax.quantization.linalg import proxy_loss
 from vptq_jax.quantization.refine import descend_indices, refine, refit_codebooks
-from vptq_jax.spec import VQSpec
 
 SHAPES = [
     ("v4-k8", 16, 20),
@@ -30,7 +30,7 @@ run_refine = functools.partial(jax.jit, static_argnames="segments")(refine)
 def problem(spec: str, out_features: int, in_features: int, seed: int = 0):
     """(W^T in slots, H, codes with random codebooks, segments, occupied slots)."""
     rng = np.random.default_rng(seed)
-    segments, slot_columns = arrange(VQSpec.parse(spec).layout(out_features, in_features))
+    segments, slot_columns = arrange(Format.of(spec, (out_features, in_features)))
     filled = slot_columns >= 0
     W = np.zeros((len(filled), out_features))
     W[filled] = rng.normal(size=(in_features, out_features))

@@ -22,7 +22,7 @@ from vptq_jax.nn.hessians import Hessians
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.nn.quantizer import operator_key
 from vptq_jax.quantization.search import quantize_weight
-from vptq_jax.spec import QuantConfig, VQSpec
+from vptq_jax.spec import QuantConfig, SearchOptions, VQSpec
 
 Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 OPTIONS = {"rounds": 0, "kmeans_iters": 3}
@@ -79,7 +79,7 @@ def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for path, array in expected.items():
         jax.tree.map(np.testing.assert_array_equal, found[path], array)
-        assert found[path].layout == array.layout
+        assert found[path].format == array.format
 
 
 def test_every_layer_is_quantize_weight_with_its_own_key(model, hessians):
@@ -88,7 +88,8 @@ def test_every_layer_is_quantize_weight_with_its_own_key(model, hessians):
     for path in (Q0, DOWN1):
         weight = model.linears()[path].weight[...]
         key = operator_key(3, path)
-        expected, stats = quantize_weight(weight, hessians.for_module(path), "v4-k16", key=key, **OPTIONS)
+        options = SearchOptions(**OPTIONS)
+        expected, stats = quantize_weight(weight, hessians.for_module(path), "v4-k16", key=key, options=options)
         found = arrays(quantized)[path]
         np.testing.assert_array_equal(found.indices, expected.indices)
         np.testing.assert_array_equal(found.codebook, expected.codebook.astype(jnp.float16))
@@ -200,7 +201,7 @@ def test_streamed_model_gives_the_same_and_never_loads_more_than_a_block(batches
     expected, _ = quantize(model, config(), batches, progress=False)
     source = StoredTensors(model)
     quantized, report = quantize(StreamedModel(model.config, source, "a tokenizer"), config(), batches, progress=False)
-    assert_same(arrays(quantized), arrays(expected))
+    assert_same(arrays(quantized.module), arrays(expected))
     assert quantized.tokenizer == "a tokenizer"
     np.testing.assert_array_equal(quantized(batches[0]), expected(batches[0]))
     assert len(report.operators) == 28
@@ -448,7 +449,7 @@ def test_stored_checkpoints_are_streamed(tiny_hf, tmp_path):
     loaded, _ = quantize(load(tiny_hf), config(None, rules=rules), batches, progress=False)
     stored = open_streamed(tiny_hf)
     streamed, _ = quantize(stored, config(None, rules=rules), batches, progress=False)
-    assert_same(arrays(streamed), arrays(loaded))
+    assert_same(arrays(streamed.module), arrays(loaded.module))
     np.testing.assert_array_equal(streamed(batches[0]), loaded(batches[0]))
     assert streamed.tokenizer.encode("the fox") == loaded.tokenizer.encode("the fox")
     assert streamed.config == loaded.config

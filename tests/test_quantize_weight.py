@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vptq_jax.format import Format
 from vptq_jax.quantization.columns import arrange
 from vptq_jax.quantization.search import check_finite, prepare, quantize_weight, search, store
-from vptq_jax.spec import QuantConfig, VQSpec
+from vptq_jax.spec import QuantConfig, SearchOptions, VQSpec
 
-FAST = {"kmeans_iters": 8, "rounds": 1}
+FAST = SearchOptions(kmeans_iters=8, rounds=1)
 
 
 def operator(out_features: int, in_features: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +53,7 @@ def specs(draw) -> VQSpec:
 @given(spec=specs(), out_features=st.integers(10, 33), wide=st.booleans())
 def test_every_spec_gives_a_valid_array_and_the_error_that_is_reported(spec, out_features, wide):
     W, H = operator(out_features, 140 if wide else 24)
-    array, stats = quantize_weight(W, H, spec, key=jax.random.key(0), **FAST)
+    array, stats = quantize_weight(W, H, spec, key=jax.random.key(0), options=FAST)
     array.validate()
     assert array.shape == W.shape
     assert stats["error"] == pytest.approx(relative_error(W, array, H), rel=2e-3)
@@ -64,7 +65,7 @@ def test_every_spec_gives_a_valid_array_and_the_error_that_is_reported(spec, out
 
 def test_the_stages_fall_in_order():
     W, H = operator(64, 96)
-    _, stats = quantize_weight(W, H, "v4-k16-16", key=jax.random.key(0), rounds=3, damping=0)
+    _, stats = quantize_weight(W, H, "v4-k16-16", key=jax.random.key(0), options=SearchOptions(rounds=3, damping=0))
     stages = [stats[f"error_{name}"] for name in ("kmeans", "pass", "residual", "refine_1", "refine_2", "refine_3")]
     assert (np.diff(stages) < 0).all()
     assert stats["error"] == stages[-1]
@@ -73,7 +74,7 @@ def test_the_stages_fall_in_order():
 
 def test_it_stops_when_a_round_gains_too_little():
     W, H = operator(32, 40)
-    _, stats = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), rounds=20, tolerance=0.02)
+    _, stats = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), options=SearchOptions(rounds=20, tolerance=0.02))
     assert 1 <= stats["rounds"] < 20
     assert f"error_refine_{stats['rounds']}" in stats
     assert f"error_refine_{stats['rounds'] + 1}" not in stats
@@ -82,13 +83,13 @@ def test_it_stops_when_a_round_gains_too_little():
 @pytest.mark.parametrize("spec", ["v4-k16-noperm", "v4-k16", "v4-k16-nonorm", "v4-k16-16"])
 def test_the_exact_metric_beats_rounding_to_the_nearest(spec):
     W, H = operator(64, 96)
-    _, stats = quantize_weight(W, H, spec, key=jax.random.key(0), rounds=0)
+    _, stats = quantize_weight(W, H, spec, key=jax.random.key(0), options=SearchOptions(rounds=0))
     assert stats["error_pass"] < 0.75 * stats["error_kmeans"]
 
 
 def test_one_key_one_result_to_the_bit():
     W, H = operator(30, 40)
-    runs = [quantize_weight(W, H, "v4-k16-4-g2-o5v2k8", key=jax.random.key(s), **FAST)[0] for s in (0, 0, 1)]
+    runs = [quantize_weight(W, H, "v4-k16-4-g2-o5v2k8", key=jax.random.key(s), options=FAST)[0] for s in (0, 0, 1)]
     same, other = (
         [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(runs[0]), jax.tree.leaves(run), strict=True)]
         for run in runs[1:]
@@ -100,15 +101,17 @@ def test_one_key_one_result_to_the_bit():
 def test_the_order_of_the_inputs_does_not_matter():
     W, H = operator(32, 48)
     order = np.random.default_rng(0).permutation(48)
-    a = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), **FAST)[0].dequantize()
-    b = quantize_weight(W[:, order], H[np.ix_(order, order)], "v4-k16", key=jax.random.key(0), **FAST)[0].dequantize()
+    a = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), options=FAST)[0].dequantize()
+    b = quantize_weight(W[:, order], H[np.ix_(order, order)], "v4-k16", key=jax.random.key(0), options=FAST)[
+        0
+    ].dequantize()
     np.testing.assert_allclose(np.asarray(a)[:, order], b, atol=1e-3)
 
 
 def test_the_scale_of_weight_and_hessian_does_not_matter():
     W, H = operator(32, 48)
-    a, _ = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), **FAST)
-    b, _ = quantize_weight(W * 2.0**-12, H * 2.0**20, "v4-k16", key=jax.random.key(0), **FAST)
+    a, _ = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), options=FAST)
+    b, _ = quantize_weight(W * 2.0**-12, H * 2.0**20, "v4-k16", key=jax.random.key(0), options=FAST)
     np.testing.assert_allclose(np.asarray(a.dequantize()) * 2.0**-12, b.dequantize(), rtol=1e-3, atol=1e-6)
 
 
@@ -116,7 +119,7 @@ def test_importance_is_the_compensated_cost():
     """Errors weigh in k-means what they cost once the columns behind them have compensated; dead inputs nothing."""
     W, H = operator(24, 32)
     H[5] = H[:, 5] = 0  # A dead input.
-    columns = arrange(VQSpec.parse("v4-k16-o12.5v2k8").layout(24, 32))[1]
+    columns = arrange(Format.of("v4-k16-o12.5v2k8", (24, 32)))[1]
     problem = prepare(jnp.asarray(W), jnp.asarray(H), 0.01, columns, normalize=True, permute=True)
     H = np.asarray(H, np.float64)
     live = np.diag(H) > 0
@@ -139,14 +142,14 @@ def test_rows_that_only_pad_do_not_disturb():
 
 def test_fewer_rows_than_a_vector_is_long():
     W, H = operator(3, 40)
-    array, stats = quantize_weight(W, H, "v8-k16", key=jax.random.key(0), **FAST)
+    array, stats = quantize_weight(W, H, "v8-k16", key=jax.random.key(0), options=FAST)
     array.validate()
     assert stats["error"] < 0.5
 
 
 def test_as_many_centroids_as_vectors_lose_nothing():
     W, H = operator(16, 8)
-    array, stats = quantize_weight(W, H, "v4-k32", key=jax.random.key(0), rounds=0)
+    array, stats = quantize_weight(W, H, "v4-k32", key=jax.random.key(0), options=SearchOptions(rounds=0))
     np.testing.assert_allclose(array.dequantize(), W, atol=1e-5)
     assert stats["error"] < 1e-9
 
@@ -156,18 +159,17 @@ def test_equal_shapes_run_as_one_program():
     W, H = (jnp.stack(part) for part in zip(*pairs, strict=True))
     keys = jax.random.split(jax.random.key(0), 3)
     spec = VQSpec.parse("v4-k16-4")
-    options = {"normalize": True, "permute": True, "samples_per_centroid": 64, **FAST}
-    batched = jax.vmap(lambda W, H, key: search(W, H, key, 0.01, 1e-3, layout=spec.layout(24, 32), **options))
+    batched = jax.vmap(lambda W, H, key: search(W, H, key, format=Format.of(spec, (24, 32)), options=FAST))
     errors = batched(W, H, keys)[1]["error"]
     for i, (W_one, H_one) in enumerate(pairs):
-        _, stats = quantize_weight(W_one, H_one, spec, key=keys[i], **FAST)
+        _, stats = quantize_weight(W_one, H_one, spec, key=keys[i], options=FAST)
         assert float(errors[i]) == pytest.approx(stats["error"], rel=0.02)
 
 
 def test_constant_columns_are_kept():
     W, H = operator(32, 40)
     W[:, 3], W[:, 7] = 0.25, 0
-    array, _ = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), **FAST)
+    array, _ = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), options=FAST)
     array.validate()
     np.testing.assert_allclose(np.asarray(array.dequantize())[:, [3, 7]], W[:, [3, 7]], atol=1e-3)
 
@@ -176,7 +178,7 @@ def test_constant_columns_are_kept():
 def test_a_constant_weight_is_kept(value):
     _, H = operator(32, 40)
     W = np.full((32, 40), value, np.float32)
-    array, stats = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), **FAST)
+    array, stats = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), options=FAST)
     np.testing.assert_allclose(array.validate().dequantize(), W, atol=1e-4)
     assert np.isfinite(list(stats.values())).all()
 
@@ -186,18 +188,20 @@ def test_dead_inputs_are_reported_and_harmless(spec):
     W, H = operator(32, 40)
     H[[2, 9]] = 0
     H[:, [2, 9]] = 0
-    array, stats = quantize_weight(W, H, spec, key=jax.random.key(0), **FAST)
+    array, stats = quantize_weight(W, H, spec, key=jax.random.key(0), options=FAST)
     array.validate()
     assert stats["dead_columns"] == 2
     live, H_live = np.delete(W, [2, 9], 1), np.delete(np.delete(H, [2, 9], 0), [2, 9], 1)
-    _, alone = quantize_weight(live, H_live, spec, key=jax.random.key(0), **FAST)
+    _, alone = quantize_weight(live, H_live, spec, key=jax.random.key(0), options=FAST)
     assert stats["error"] < 1.25 * alone["error"]
 
 
 def test_a_hessian_of_few_tokens_is_damped_and_reported():
     W, _ = operator(32, 64)
     x = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
-    array, stats = quantize_weight(W, x.T @ x / 4, "v4-k16", key=jax.random.key(0), damping=0, **FAST)
+    array, stats = quantize_weight(
+        W, x.T @ x / 4, "v4-k16", key=jax.random.key(0), options=dataclasses.replace(FAST, damping=0)
+    )
     array.validate()
     assert 0 < stats["damping"] <= 0.01
     assert np.isfinite(list(stats.values())).all()
@@ -234,7 +238,9 @@ def test_golden_operators_beat_the_original(shared, name, spec, config):
     runs = [run for run in runs if run["config"] == config and run["kind"] == "reference"]
     original = min(run.get("after_residual", run["after_vptq"])["true"] for run in runs)
     data = np.load(directory / f"{name}.npz")
-    array, stats = quantize_weight(data["weight"], data["hessian"], spec, key=jax.random.key(0), rounds=1)
+    array, stats = quantize_weight(
+        data["weight"], data["hessian"], spec, key=jax.random.key(0), options=SearchOptions(rounds=1)
+    )
     assert stats["error_residual" if "error_residual" in stats else "error_pass"] < original
     assert relative_error(data["weight"], array, data["hessian"]) < 0.8 * original
 
@@ -243,9 +249,9 @@ def test_golden_operators_beat_the_original(shared, name, spec, config):
 @pytest.mark.parametrize(("of_weight", "of_hessian"), [(100, 0), (-100, 0), (0, 100), (0, -96), (90, -60), (-98, 100)])
 def test_units_of_weight_and_hessian_change_nothing(spec, of_weight, of_hessian):
     W, H = operator(32, 40)
-    array, stats = quantize_weight(W, H, spec, key=jax.random.key(0), **FAST)
+    array, stats = quantize_weight(W, H, spec, key=jax.random.key(0), options=FAST)
     scaled, found = quantize_weight(
-        np.ldexp(W, of_weight), np.ldexp(H, of_hessian), spec, key=jax.random.key(0), **FAST
+        np.ldexp(W, of_weight), np.ldexp(H, of_hessian), spec, key=jax.random.key(0), options=FAST
     )
     assert found == stats
     np.testing.assert_array_equal(scaled.indices, array.indices)
@@ -256,9 +262,9 @@ def test_weights_of_dead_inputs_do_not_set_the_unit():
     W, H = operator(32, 40)
     H[[2, 9]] = 0
     H[:, [2, 9]] = 0
-    array, stats = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), **FAST)
+    array, stats = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), options=FAST)
     W[:, 2] = 1e30
-    large, found = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), **FAST)
+    large, found = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), options=FAST)
     assert found == stats
     jax.tree.map(np.testing.assert_array_equal, large, array)
 
@@ -266,9 +272,9 @@ def test_weights_of_dead_inputs_do_not_set_the_unit():
 @pytest.mark.parametrize("factor", [1e30, 1e-30, 3.0])
 def test_any_units_give_the_same_relative_error(factor):
     W, H = operator(32, 40)
-    _, stats = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), **FAST)
+    _, stats = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), options=FAST)
     for weight, hessian in ((W * np.float32(factor), H), (W, H * np.float32(factor))):
-        _, found = quantize_weight(weight, hessian, "v4-k16", key=jax.random.key(0), **FAST)
+        _, found = quantize_weight(weight, hessian, "v4-k16", key=jax.random.key(0), options=FAST)
         np.testing.assert_allclose(found["error"], stats["error"], rtol=0.05)
 
 
@@ -283,7 +289,7 @@ def true_error(array, W, H):
 def test_what_is_stored_has_the_error_that_is_reported(factor):
     W, H = operator(32, 40)
     W = W * np.float32(factor)
-    array, stats = quantize_weight(W, H, "v4-k64", key=jax.random.key(0), **FAST)
+    array, stats = quantize_weight(W, H, "v4-k64", key=jax.random.key(0), options=FAST)
     stored, error, wide = store(array, jnp.asarray(W), jnp.asarray(H), stats["error"])
     stored.validate()
     np.testing.assert_allclose(error, true_error(stored, W, H), rtol=1e-4)
@@ -295,14 +301,14 @@ def test_what_is_stored_has_the_error_that_is_reported(factor):
 
 def test_a_result_that_is_not_finite_is_an_error():
     W, H = operator(32, 40)
-    array, stats = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), **FAST)
+    array, stats = quantize_weight(W, H, "v4-k16", key=jax.random.key(0), options=FAST)
     check_finite(array, stats, "layer 7")
     with pytest.raises(ValueError, match=r"layer 7: .*NaN or infinite \(scale\)"):
         check_finite(dataclasses.replace(array, scale=array.scale.at[3].set(jnp.inf)), stats, "layer 7")
     with pytest.raises(ValueError, match=r"layer 7: .*NaN or infinite \(error\)"):
         check_finite(array, stats | {"error": float("nan")}, "layer 7")
     with pytest.raises(ValueError, match="the Hessian holds NaN or infinite"):
-        quantize_weight(W, H.astype(np.float64) * 1e300, "v4-k16", key=jax.random.key(0), **FAST)
+        quantize_weight(W, H.astype(np.float64) * 1e300, "v4-k16", key=jax.random.key(0), options=FAST)
 
 
 @pytest.mark.parametrize(
@@ -316,8 +322,7 @@ def test_a_result_that_is_not_finite_is_an_error():
     ],
 )
 def test_options_of_the_wrong_kind(options, message):
-    W, H = operator(32, 40)
     with pytest.raises(ValueError, match=message):
-        quantize_weight(W, H, "v4-k16", key=jax.random.key(0), **options)
+        SearchOptions(**options)
     with pytest.raises(ValueError, match=message):
         QuantConfig("v4-k16", **options)

@@ -1,4 +1,4 @@
-"""Spec strings, layouts and rules."""
+"""Spec strings, formats and rules."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vptq_jax.format import Format
 from vptq_jax.spec import QuantConfig, VQSpec
 
 powers = st.integers(1, 16).map(lambda bits: 1 << bits)
@@ -72,25 +73,25 @@ def test_bad_specs_are_refused_with_the_reason(text, message):
 @pytest.mark.parametrize(("rows", "columns"), [(1, 8), (40, 132), (97, 64)])
 def test_layout_covers_every_weight_once(text, rows, columns):
     spec = VQSpec.parse(text)
-    layout = spec.layout(rows, columns)
-    assert layout.outlier_size + layout.num_groups * layout.group_size == columns
-    assert 0 <= layout.num_vectors * layout.vector_len - rows < layout.vector_len
-    assert layout.outlier_size >= columns * spec.outlier_percent / 100
-    assert 0 <= layout.packed_words * 32 - layout.group_size * (layout.index_bits + layout.res_index_bits) < 32
+    format = Format.of(spec, (rows, columns))
+    assert format.outlier_size + format.num_groups * format.group_size == columns
+    assert 0 <= format.num_vectors * format.vector_len - rows < format.vector_len
+    assert format.outlier_size >= columns * spec.outlier_percent / 100
+    assert 0 <= format.packed_words * 32 - format.group_size * (format.index_bits + format.res_index_bits) < 32
 
 
 def test_remainder_of_the_groups_goes_to_the_outliers():
-    assert VQSpec.parse("v8-k256-g4-o1v4k16").layout(64, 103).outlier_size == 2 + 1
+    assert Format.of("v8-k256-g4-o1v4k16", (64, 103)).outlier_size == 2 + 1
 
 
 def test_remainder_without_outliers_is_an_error():
     with pytest.raises(ValueError, match=r"103 input columns do not divide into 4 groups \(remainder 3\)"):
-        VQSpec.parse("v8-k256-g4").layout(64, 103)
+        Format.of("v8-k256-g4", (64, 103))
 
 
 def test_outliers_must_leave_columns_for_the_groups():
     with pytest.raises(ValueError, match="leave no column"):
-        VQSpec.parse("v8-k256-g8-o99v4k16").layout(64, 16)
+        Format.of("v8-k256-g8-o99v4k16", (64, 16))
 
 
 def test_rules_first_match_wins_and_none_leaves_a_layer():

@@ -4,10 +4,10 @@ Load, calibrate, quantize, save, measure, generate:
 
     import vptq_jax as vq
 
-    model = vq.load("path/to/model")
-    qmodel, report = vq.quantize(model, vq.QuantConfig("v8-k256-256"), batches)
-    vq.save(qmodel, "out")
-    print(vq.generate(qmodel, "The capital of France is", max_new_tokens=64))
+    lm = vq.load("path/to/model")
+    small, report = vq.quantize(lm, vq.QuantConfig("v8-k256-256"), batches)
+    vq.save(small, "out")
+    print(vq.generate(small, "The capital of France is", max_new_tokens=64))
 
 Names are imported when they are first used, so that `import vptq_jax` costs no more than what is used of it.
 """
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vptq_jax.convert.hessian_files import load_hessians as load_hessians
     from vptq_jax.convert.loading import load as load
     from vptq_jax.convert.loading import open_streamed as open_streamed
+    from vptq_jax.format import Format as Format
     from vptq_jax.lm.config import ModelConfig as ModelConfig
     from vptq_jax.lm.decoder import Decoder as Decoder
     from vptq_jax.lm.evaluation import Perplexity as Perplexity
@@ -50,11 +51,12 @@ if TYPE_CHECKING:
     from vptq_jax.pallas.vq_matmul.packed import Packed as Packed
     from vptq_jax.quantization.search import quantize_weight as quantize_weight
     from vptq_jax.spec import QuantConfig as QuantConfig
-    from vptq_jax.spec import VQLayout as VQLayout
+    from vptq_jax.spec import SearchOptions as SearchOptions
     from vptq_jax.spec import VQSpec as VQSpec
 
 _HOME = {
     "Decoder": "lm.decoder",
+    "Format": "format",
     "GenerationResult": "lm.generation",
     "Hessians": "nn.hessians",
     "KernelFallbackWarning": "pallas.dispatch",
@@ -67,9 +69,9 @@ _HOME = {
     "QuantReport": "lm.report",
     "Rounding": "nn.forms",
     "Sampling": "lm.sampling",
+    "SearchOptions": "spec",
     "StreamedModel": "lm.streamed",
     "VQArray": "array",
-    "VQLayout": "spec",
     "VQLinear": "nn.linear",
     "VQParam": "nn.linear",
     "VQSpec": "spec",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,8 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt
 
+from vptq_jax.format import FLOATS, INTEGERS, Format
 from vptq_jax.packing import pack_indices, unpack_indices
-from vptq_jax.spec import VQLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,10 @@ class VQArray:
         scale: float [in_features] in original column order, or None.
         offset: float [in_features] in original column order, or None.
         perm: int32 [in_features], original column of each permuted column, or None.
-        layout: the static shape facts.
+        format: everything static.
+
+    A stack of weights of one format (`stack`, `jax.vmap`, `jax.lax.scan`) is a `VQArray` too, whose arrays have more
+    axes in front; `shape`, `ndim` and `nbytes` count them, all else takes one matrix.
     """
 
     indices: UInt[Array, "G n words"]
@@ -46,12 +51,12 @@ class VQArray:
     scale: Float[Array, "in"] | None
     offset: Float[Array, "in"] | None
     perm: Int[Array, "in"] | None
-    layout: VQLayout
+    format: Format
 
     @classmethod
     def from_indices(
         cls,
-        layout: VQLayout,
+        format: Format,
         main: UInt[Array, "G n gs"],
         residual: UInt[Array, "G n gs"] | None,
         codebook: Float[Array, "G k v"],
@@ -65,7 +70,7 @@ class VQArray:
     ) -> VQArray:
         """Packs plain indices; pure and jit-friendly."""
         return cls(
-            indices=pack_indices(main, residual, layout.index_bits, layout.res_index_bits),
+            indices=pack_indices(main, residual, format.index_bits, format.res_index_bits),
             codebook=codebook,
             res_codebook=res_codebook,
             outlier_indices=None if outlier_indices is None else outlier_indices.astype(jnp.uint16),
@@ -73,13 +78,60 @@ class VQArray:
             scale=scale,
             offset=offset,
             perm=None if perm is None else perm.astype(jnp.int32),
-            layout=layout,
+            format=dataclasses.replace(format, normalize=scale is not None, permute=perm is not None),
         )
 
+    @classmethod
+    def abstract(cls, format: Format, dtype: Any = jnp.float16) -> VQArray:
+        """Shapes in place of arrays, as `jax.eval_shape` gives them; `dtype` of the fields in `FLOATS`."""
+
+        def field(name: str, shape: tuple[int, ...] | None) -> Any:
+            return None if shape is None else jax.ShapeDtypeStruct(shape, INTEGERS.get(name, dtype))
+
+        return cls(**{name: field(name, shape) for name, shape in format.shapes().items()}, format=format)
+
+    @classmethod
+    def random(cls, key: Array, format: Format, dtype: Any = jnp.float16) -> VQArray:
+        """Random indices, centroids and permutation; a weight with mean 0 and, if normalized, deviation about 0.02."""
+        keys = iter(jax.random.split(key, 8))
+        fields: dict[str, Any] = {}
+        for name, shape in format.shapes().items():
+            if shape is None:
+                fields[name] = None
+            elif name == "indices":
+                fields[name] = jax.random.bits(next(keys), shape, jnp.uint32)
+            elif name == "outlier_indices":
+                fields[name] = jax.random.randint(next(keys), shape, 0, format.num_outlier_centroids).astype(jnp.uint16)
+            elif name == "perm":
+                fields[name] = jax.random.permutation(next(keys), format.in_features).astype(jnp.int32)
+            elif name == "scale":
+                fields[name] = jnp.full(shape, 0.02, dtype)
+            else:
+                deviation = 1e-3 if name == "offset" else 1.0
+                fields[name] = (deviation * jax.random.normal(next(keys), shape)).astype(dtype)
+        return cls(**fields, format=format)
+
+    @classmethod
+    def stack(cls, arrays: Sequence[VQArray]) -> VQArray:
+        """Weights of one format with a new axis in front; a part that is wide in one of them is wide in all.
+
+        Raises:
+            ValueError: no arrays, or unlike formats.
+        """
+        formats = list(dict.fromkeys(array.format for array in arrays))
+        if len(formats) != 1:
+            found = " and ".join(f"{format} [{format.out_features}, {format.in_features}]" for format in formats[:2])
+            raise ValueError(f"a stack needs weights of one format; found {found or 'no weights'}")
+
+        def stacked(*parts: Array) -> Array:
+            return jnp.stack([part.astype(jnp.result_type(*parts)) for part in parts])
+
+        return jax.tree.map(stacked, *arrays)
+
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return self.layout.out_features, self.layout.in_features
+    def shape(self) -> tuple[int, ...]:
+        """(out_features, in_features), behind the axes of a stack."""
+        return (*self.indices.shape[:-3], self.format.out_features, self.format.in_features)
 
     @property
     def dtype(self) -> Any:
@@ -88,25 +140,43 @@ class VQArray:
 
     @property
     def ndim(self) -> int:
-        """2: a matrix."""
-        return 2
+        """2 for a matrix, more for a stack."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Weights."""
+        return math.prod(self.shape)
+
+    @property
+    def T(self) -> Float[Array, "in out"]:
+        """The dense weight [in_features, out_features], decoded, in `dtype`."""
+        return self.dequantize(self.dtype).T
+
+    def astype(self, dtype: Any) -> VQArray:
+        """Codebooks, scale and offset in another floating-point dtype; indices stay."""
+        floats = {name: value for name in FLOATS if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(self, **{name: value.astype(dtype) for name, value in floats.items()})
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes of everything: indices, codebooks, scale, offset and permutation."""
-        total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-        if self.perm is not None and self.layout.in_features <= 1 << 16:
-            total -= 2 * self.layout.in_features  # stored as uint16 on disk
-        return total
+        """Bytes in memory."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits in a file, everything included."""
+        narrow = 0 if self.perm is None else self.perm.size * (4 - np.dtype(self.format.stored_dtype("perm")).itemsize)
+        return 8 * (self.nbytes - narrow)
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits, everything included, over the number of weights."""
-        return 8 * self.nbytes / (self.layout.out_features * self.layout.in_features)
+        """`stored_bits` over the number of weights."""
+        return self.stored_bits / self.size
 
     def unpack(self) -> tuple[UInt[Array, "G n gs"], UInt[Array, "G n gs"] | None]:
         """Main and residual indices, uint32 [G, num_vectors, group_size]."""
-        return unpack_indices(self.indices, self.layout.group_size, self.layout.index_bits, self.layout.res_index_bits)
+        return unpack_indices(self.indices, self.format.group_size, self.format.index_bits, self.format.res_index_bits)
 
     def dequantize(self, dtype: Any = jnp.float32) -> Float[Array, "out in"]:
         """The dense weight [out_features, in_features], computed in float32, returned in `dtype`."""
@@ -129,26 +199,26 @@ class VQArray:
         groups, rows, size, length = vectors.shape
         # [G, n, gs, v] -> [n, v, G, gs] -> [n*v, G*gs]
         columns = vectors.transpose(1, 3, 0, 2).reshape(rows * length, groups * size)
-        columns = columns[: self.layout.out_features]
+        columns = columns[: self.format.out_features]
         if self.outlier_indices is not None:
             assert self.outlier_codebook is not None
             outliers = _gather(self.outlier_codebook[None], self.outlier_indices[None])[0]
-            outliers = outliers.transpose(0, 2, 1).reshape(-1, self.layout.outlier_size)
-            columns = jnp.concatenate([outliers[: self.layout.out_features], columns], axis=1)
+            outliers = outliers.transpose(0, 2, 1).reshape(-1, self.format.outlier_size)
+            columns = jnp.concatenate([outliers[: self.format.out_features], columns], axis=1)
         return columns
 
     def take_rows(self, rows: Int[Array, "*batch"], dtype: Any = jnp.float32) -> Float[Array, "*batch in"]:
         """Rows of the dense weight without decoding the rest (an embedding lookup)."""
-        layout = self.layout
+        format = self.format
         unpacked = unpack_indices(
-            self.indices[:, rows // layout.vector_len], layout.group_size, layout.index_bits, layout.res_index_bits
+            self.indices[:, rows // format.vector_len], format.group_size, format.index_bits, format.res_index_bits
         )
 
         def component(codebook: Array, index: Array, within: Array) -> Array:
             groups = jnp.arange(codebook.shape[0]).reshape(-1, *[1] * rows.ndim, 1)
             return codebook.astype(jnp.float32)[groups, index, within[None, ..., None]]
 
-        within = rows % layout.vector_len
+        within = rows % format.vector_len
         values = component(self.codebook, unpacked[0], within)
         if unpacked[1] is not None:
             assert self.res_codebook is not None
@@ -156,7 +226,7 @@ class VQArray:
         values = jnp.moveaxis(values, 0, -2).reshape(*rows.shape, -1)
         if self.outlier_indices is not None:
             assert self.outlier_codebook is not None
-            length = layout.outlier_vector_len
+            length = format.outlier_vector_len
             outliers = component(
                 self.outlier_codebook[None], self.outlier_indices[rows // length][None], rows % length
             )[0]
@@ -183,11 +253,9 @@ class VQArray:
 
 jax.tree_util.register_dataclass(
     VQArray,
-    data_fields=[
-        "indices", "codebook", "res_codebook", "outlier_indices", "outlier_codebook", "scale", "offset", "perm",
-    ],
-    meta_fields=["layout"],
-)  # fmt: skip
+    data_fields=[field.name for field in dataclasses.fields(VQArray) if field.name != "format"],
+    meta_fields=["format"],
+)
 nnx.register_data_type(VQArray)  # an attribute of a module needs no wrapping
 
 
@@ -196,30 +264,12 @@ def _gather(codebook: Float[Array, "G k v"], index: UInt[Array, "G n m"]) -> Flo
     return codebook.astype(jnp.float32)[groups, index]
 
 
-def expected_shapes(layout: VQLayout, *, normalize: bool, permute: bool) -> dict[str, tuple[int, ...] | None]:
-    """Shape of every field of a `VQArray` (None: the field is None)."""
-    groups, length = layout.num_groups, layout.vector_len
-    columns = (layout.in_features,)
-    outliers = bool(layout.outlier_size)
-    return {
-        "indices": (groups, layout.num_vectors, layout.packed_words),
-        "codebook": (groups, layout.num_centroids, length),
-        "res_codebook": (groups, layout.num_res_centroids, length) if layout.num_res_centroids else None,
-        "outlier_indices": (layout.num_outlier_vectors, layout.outlier_size) if outliers else None,
-        "outlier_codebook": (layout.num_outlier_centroids, layout.outlier_vector_len) if outliers else None,
-        "scale": columns if normalize else None,
-        "offset": columns if normalize else None,
-        "perm": columns if permute else None,
-    }
-
-
 _KINDS = {"indices": np.uint32, "outlier_indices": np.uint16, "perm": np.integer}
 
 
 def _problems(array: VQArray) -> list[str]:
-    shapes = expected_shapes(array.layout, normalize=array.scale is not None, permute=array.perm is not None)
     problems = []
-    for field, shape in shapes.items():
+    for field, shape in array.format.shapes().items():
         value = getattr(array, field)
         found = None if value is None else tuple(value.shape)
         if found != shape:
@@ -236,9 +286,9 @@ def _problems(array: VQArray) -> list[str]:
         problems.append(f"perm: not a permutation of 0 .. {array.shape[1] - 1}")
     if array.outlier_indices is not None:
         top = int(np.max(np.asarray(array.outlier_indices)))
-        if top >= array.layout.num_outlier_centroids:
+        if top >= array.format.num_outlier_centroids:
             problems.append(
-                f"outlier_indices: found index {top}, expected at most {array.layout.num_outlier_centroids - 1}"
+                f"outlier_indices: found index {top}, expected at most {array.format.num_outlier_centroids - 1}"
             )
     # Packed indices cannot exceed a power-of-two codebook: their bit width is log2(k).
     return problems

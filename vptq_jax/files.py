@@ -21,11 +21,13 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 _LOCK, _NEW, _OLD = "lock", "new", "old"
+_REMOVALS = 100
 _ATTEMPTS = 8  # at a temporary that a sweep of another process took away before it was locked
 _SHOWN = 3
 
@@ -136,10 +138,13 @@ def check_output(path: str | os.PathLike[str], *, kind: Kind | None = None, over
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Tries to write beside `path`, or in the closest directory above it that exists.
 
+    Removes what a killed try left.
+
     Raises:
         OSError: it cannot be written.
     """
     path = final_path(path)
+    sweep(path)
     place = _closest(path)
     try:
         with held_interrupt():  # a kill in between leaves an empty directory that `sweep` knows
@@ -282,10 +287,16 @@ def _temporary_for(path: Path) -> Iterator[Path]:
 def _make_temporary(path: Path) -> tuple[Path, IO[str]]:
     for _ in range(_ATTEMPTS):
         temporary = _make_directory(path, path.parent)
-        with contextlib.suppress(FileNotFoundError):  # an empty one may be swept by another process
+        try:
             lock = locked(temporary / _LOCK)
-            if lock is not None:
-                return temporary, lock
+        except FileNotFoundError:  # an empty one may be swept by another process
+            continue
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.rmdir()
+            raise
+        if lock is not None:
+            return temporary, lock
     raise OSError(errno.EBUSY, "other processes keep removing the temporary directories of this one", str(path))
 
 
@@ -295,10 +306,19 @@ def _clear(temporary: Path, path: Path) -> None:
     if old.exists() and not os.path.lexists(path):
         os.rename(old, path)
     for name in (_NEW, _OLD):
-        shutil.rmtree(temporary / name, ignore_errors=True)
+        _remove(temporary / name)
     with contextlib.suppress(OSError):
         (temporary / _LOCK).unlink()
         temporary.rmdir()
+
+
+def _remove(directory: Path) -> None:
+    """Removes a tree in which threads that a library left behind may still be at work; gives up after a few seconds."""
+    for _ in range(_REMOVALS):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not os.path.lexists(directory):
+            return
+        time.sleep(0.05)
 
 
 def _place(new: Path, path: Path, kind: Kind | None) -> None:

@@ -101,9 +101,9 @@ def _all_traced(*arguments: Any) -> bool:
 
 
 def _check(x: Array, weight: Weight) -> None:
-    if x.ndim < 1 or x.shape[-1] != weight.layout.in_features:
+    if x.ndim < 1 or x.shape[-1] != weight.format.in_features:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}; its last axis must be in_features = {weight.layout.in_features}"
+            f"x has shape {tuple(x.shape)}; its last axis must be in_features = {weight.format.in_features}"
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x has dtype {x.dtype}; expected a floating-point dtype")
@@ -118,7 +118,7 @@ def _why_not_mosaic(x: Array, weight: Weight, rows: int, ahead: bool = False) ->
     if isinstance(weight, Packed):
         if x.dtype not in (weight.dtype, jnp.float32) or (x.dtype == jnp.float32 and weight.dtype != jnp.bfloat16):
             return f"x is {x.dtype} but the weight was packed for {weight.dtype}"
-    elif reason := packed.unsupported(weight.layout, x.dtype):
+    elif reason := packed.unsupported(weight.format, x.dtype):
         return reason
     return "there are no rows to multiply" if rows == 0 else None
 

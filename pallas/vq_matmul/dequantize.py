@@ -99,8 +99,8 @@ def transposed_weight(plan: DecodePlan, operands: Operands) -> Float[Array, "in 
         Centroids are added, scaled and offset in float32 and rounded once. Rows of outlier columns,
         and outputs beyond out_features, are undefined.
     """
-    layout = plan.grid.layout
-    width = -(-layout.out_features // 8) * 8
+    format = plan.grid.format
+    width = -(-format.out_features // 8) * 8
     arrays, structure = jax.tree.flatten(operands)
 
     def emit(pointers: list[Pointer], shared: Int) -> None:
@@ -110,7 +110,7 @@ def transposed_weight(plan: DecodePlan, operands: Operands) -> Float[Array, "in 
     return launch(
         emit,
         arrays,
-        jax.ShapeDtypeStruct((layout.in_features, width), operands.tables[0][0].dtype),
+        jax.ShapeDtypeStruct((format.in_features, width), operands.tables[0][0].dtype),
         blocks=plan.blocks,
         warps=plan.warps,
         shared_bytes=plan.shared_bytes,
@@ -126,8 +126,8 @@ class Decoder:
         self.team_warp = emitter.warp % plan.config.team
         self.team_thread = (self.team_warp << 5) + emitter.lane
         self.staging = staging + self.team * plan.buffer_bytes
-        lane, length = emitter.lane, plan.grid.layout.vector_len
-        # Where a thread's entries of the first tile lie in the buffer: run, then output (see layout._to_streams).
+        lane, length = emitter.lane, plan.grid.format.vector_len
+        # Where a thread's entries of the first tile lie in the buffer: run, then output (see format._to_streams).
         first_row = emitter.plane * 8 if plan.grid.planes == 2 else ((lane >> 3) & 1) * length
         run = (lane & 7) + ((lane >> 4) << 3)
         self.place = self.staging + run * plan.pitch + (self.team_warp * plan.grid.unit_rows + first_row) * 2
@@ -138,7 +138,7 @@ class Decoder:
         start = Slab(emitter, emitter.first)
         unit = self._load(start)
         emitter.load_tables(start)
-        several = plan.grid.layout.num_groups > 1
+        several = plan.grid.format.num_groups > 1
 
         def body(index: Int, carry: list) -> list:
             slab = Slab(emitter, index)
@@ -238,10 +238,10 @@ class Decoder:
     def _target(self, slab: Slab, step: int, index: Int) -> Int:
         """The row of the result that a column goes to."""
         grid = self.plan.grid
-        if grid.padded_columns == grid.layout.group_size:
+        if grid.padded_columns == grid.format.group_size:
             return index
         local = self._kernel_column(slab, step) - slab.group * grid.padded_columns
-        return ptx.select(local < grid.layout.group_size, index, _NOWHERE)
+        return ptx.select(local < grid.format.group_size, index, _NOWHERE)
 
     def _gather(self, slab: Slab, words: list[Int], step: int) -> list[list[list[Int]]]:
         """For every tile the thread's centroid from each codebook, 8 components in 4 words."""
@@ -269,7 +269,7 @@ class Decoder:
 
     def _stage(self, tile: int, values: list[Int]) -> None:
         """Stores a vector (one plane of it) to its run; the width of the stores follows from its alignment."""
-        length, planes = self.plan.grid.layout.vector_len, self.plan.grid.planes
+        length, planes = self.plan.grid.format.vector_len, self.plan.grid.planes
         width = next(width for width in (8, 4, 2, 1) if length % width == 0)
         place = self.place + tile * (3 - planes) * length * 2
         common = length - 8 if planes == 2 else length  # Components beyond belong to the lower plane alone.
@@ -294,7 +294,7 @@ class Decoder:
             # The column of a run is known to the threads that decode it.
             target = ptx.shuffle(column, upload.holder)
             start = row + upload.row
-            valid = ptx.both(target < self.plan.grid.layout.in_features, start < self.width)
+            valid = ptx.both(target < self.plan.grid.format.in_features, start < self.width)
             if upload.exists is not None:
                 valid = ptx.both(valid, upload.exists)
             with ptx.when(valid):

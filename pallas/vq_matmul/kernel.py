@@ -63,7 +63,7 @@ def partial_products(
     arrays, structure = jax.tree.flatten(operands)
     outputs = [jax.ShapeDtypeStruct((plan.slots, plan.rows, plan.out_features), jnp.float32)]
     if plan.offsets:
-        outputs.append(jax.ShapeDtypeStruct((len(plan.layouts), plan.offset_chunks, plan.rows), jnp.float32))
+        outputs.append(jax.ShapeDtypeStruct((len(plan.formats), plan.offset_chunks, plan.rows), jnp.float32))
 
     def emit(pointers: list[Pointer], shared: Int) -> None:
         operands = jax.tree.unflatten(structure, pointers[: len(arrays)])
@@ -84,7 +84,7 @@ class Slab:
         flat = local // plan.slabs_per_row_group
         self.step = local - flat * plan.slabs_per_row_group
         row_groups = self.of(plan.row_groups)
-        if plan.grid.layout.num_groups == 1:
+        if plan.grid.format.num_groups == 1:
             self.group, self.row_group = ptx.constant(0), flat
         else:
             self.group = flat // row_groups
@@ -112,8 +112,8 @@ class Slab:
 
     def table_set(self, plan: Plan) -> Int:
         """A number for the codebooks this slab needs."""
-        part = self.of(range(len(plan.layouts)))
-        return part * plan.grid.layout.num_groups + self.group
+        part = self.of(range(len(plan.formats)))
+        return part * plan.grid.format.num_groups + self.group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Emitter:
         if any(book.streamed for book in self.books):
             self._start_unit(start, units[0], ptx.constant(0) < 1)
         sums = [ptx.float_constant(0.0)] * (4 * self._sums())
-        several = len(plan.layouts) * plan.grid.layout.num_groups > 1
+        several = len(plan.formats) * plan.grid.format.num_groups > 1
         tables = [start.table_set(plan)] if several else []
         sizes = [plan.grid.stream_words] * ahead + [len(x), len(tables)]
         integers = [word for words in [*units, x, tables] for word in words]
@@ -238,11 +238,11 @@ class Emitter:
 
     @property
     def _offset_shares(self) -> int:
-        return self.plan.offset_chunks * len(self.plan.layouts)
+        return self.plan.offset_chunks * len(self.plan.formats)
 
     def _load_offset_share(self, share: Int) -> tuple[list, list[Int]]:
         """Two columns of a weight's offset, times the norm's weight, and of every row of x, for each thread."""
-        plan, columns = self.plan, self.plan.grid.layout.in_features
+        plan, columns = self.plan, self.plan.grid.format.in_features
         part = share // plan.offset_chunks
         column = (share - part * plan.offset_chunks) * plan.offset_columns + self.thread * 2
         source = self.operands.offsets[0]
@@ -453,7 +453,7 @@ class Emitter:
         for row in rows:
             words = [ptx.load_shared(self.shared + (row * plan.warps + i) * 4, 4) for i in range(0, plan.warps, 4)]
             total = functools.reduce(ptx.add, [ptx.as_float(word) for part in words for word in part])
-            mean = ptx.multiply(total, ptx.float_constant(1 / plan.grid.layout.in_features))
+            mean = ptx.multiply(total, ptx.float_constant(1 / plan.grid.format.in_features))
             inverse.append(ptx.inverse_sqrt(ptx.add(mean, ptx.float_constant(eps))))
         return inverse
 
@@ -539,8 +539,8 @@ class Emitter:
         first_block = ((first_slab + 1) * plan.blocks - 1) // plan.total
         slot = self.block - first_block
         base_slot = slab.group * plan.slots_per_group
-        out_features = slab.of([layout.out_features for layout in plan.layouts])
-        starts = [sum(layout.out_features for layout in plan.layouts[:i]) for i in range(len(plan.layouts))]
+        out_features = slab.of([format.out_features for format in plan.formats])
+        starts = [sum(format.out_features for format in plan.formats[:i]) for i in range(len(plan.formats))]
         column = slab.of(starts)
         rows, unit_rows = plan.tile_rows, plan.grid.unit_rows
         items = plan.row_warps * rows * unit_rows
@@ -574,7 +574,7 @@ class Emitter:
     def _share_sums(self, sums: list, n: int) -> None:
         """Writes the sums of one run of rows to shared memory, [warp][row][output]."""
         plan = self.plan
-        length, planes, tiles = plan.grid.layout.vector_len, plan.grid.planes, plan.order.tiles
+        length, planes, tiles = plan.grid.format.vector_len, plan.grid.planes, plan.order.tiles
         component = self.lane >> 2
         for tile in range(tiles):
             at = 4 * (tile * plan.row_tiles + n)

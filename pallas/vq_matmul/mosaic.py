@@ -30,7 +30,7 @@ def one_launch(weights: Sequence[Packed]) -> bool:
 
     def likeness(weight: Packed) -> Any:
         return (
-            dataclasses.replace(weight.layout, out_features=1),
+            dataclasses.replace(weight.format, out_features=1),
             weight.order,
             weight.table.dtype,
             weight.centred_offset is None,
@@ -44,13 +44,13 @@ def make_plan(weights: Sequence[Packed], rows: int, config: Config | None = None
     """The division of the work of one launch; it normalizes x itself (`Plan.norm_eps`) where it can."""
     first = weights[0]
     plan = Plan(
-        layouts=tuple(weight.layout for weight in weights),
+        formats=tuple(weight.format for weight in weights),
         order=first.order,
         rows=rows,
         kind=_KINDS[jnp.dtype(first.table.dtype)],
         config=config or Config(blocks=dispatch.num_processors()),
         # For more rows, and for pairs of columns that no aligned load reads, XLA multiplies the offset.
-        offsets=first.centred_offset is not None and rows <= 8 and first.layout.in_features % 2 == 0,
+        offsets=first.centred_offset is not None and rows <= 8 and first.format.in_features % 2 == 0,
     )
     if norm is None or norm.weight.dtype != first.dtype:
         return plan
@@ -66,7 +66,7 @@ def make_plan(weights: Sequence[Packed], rows: int, config: Config | None = None
 def make_decode_plan(weight: Packed, config: DecodeConfig | None = None) -> DecodePlan:
     """The division of the work of the launch that decodes a weight."""
     return DecodePlan(
-        layouts=(weight.layout,),
+        formats=(weight.format,),
         order=weight.order,
         rows=1,
         kind=_KINDS[jnp.dtype(weight.table.dtype)],
@@ -107,7 +107,7 @@ def _fused(
     products: list[Array] = []
     start = 0
     for i, weight in enumerate(weights):
-        stop = start + weight.layout.out_features
+        stop = start + weight.format.out_features
         product = _added(partials[:, :, start:stop])
         if offset_shares is not None:
             product = product + _added(offset_shares[i, :, :, None])
@@ -177,9 +177,9 @@ def _decode_once(
     dense = transposed_weight(make_decode_plan(weight, config), operands)
     if weight.outlier_indices is not None:
         columns, values = packed.outlier_weight(weight)
-        padding = ((0, 0), (0, dense.shape[1] - weight.layout.out_features))
+        padding = ((0, 0), (0, dense.shape[1] - weight.format.out_features))
         dense = dense.at[columns].set(jnp.pad(values, padding).astype(dense.dtype), unique_indices=True)
-    return jnp.dot(x, dense, preferred_element_type=out_dtype)[:, : weight.layout.out_features]
+    return jnp.dot(x, dense, preferred_element_type=out_dtype)[:, : weight.format.out_features]
 
 
 def _column_runs(x: Float[Array, "m in"], weight: Packed) -> Float[Array, "blocks m 32"]:

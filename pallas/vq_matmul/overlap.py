@@ -71,8 +71,8 @@ class OverlapPlan(DecodePlan):
     @property
     def epilogue(self) -> int:
         """Outputs of a row that a warpgroup writes at once: as many as the codebooks leave room for."""
-        layout = self.grid.layout
-        tables = (layout.num_centroids + layout.num_res_centroids) * self.grid.planes * ROW_BYTES
+        format = self.grid.format
+        tables = (format.num_centroids + format.num_res_centroids) * self.grid.planes * ROW_BYTES
         room = self._beside_tiles - self.scratch_bytes - tables
         return next((width for width in (128, 64, 32) if 2 * _ROWS * width <= room), 16)
 
@@ -89,7 +89,7 @@ class OverlapPlan(DecodePlan):
     @property
     def steps(self) -> int:
         """Pieces of a tile's columns, fetched one by one."""
-        return self.grid.layout.in_features // _DEPTH
+        return self.grid.format.in_features // _DEPTH
 
     @property
     def first_slabs(self) -> int:
@@ -104,14 +104,14 @@ class OverlapPlan(DecodePlan):
 
         Copies of tiles take pieces of 8 rows and 64 columns; what is beyond the end of an array they leave out.
         """
-        layout = self.grid.layout
+        format = self.grid.format
         return (
-            layout.num_groups == 1
+            format.num_groups == 1
             and not self.shared_tail
             and self.run_rows % 8 == 0
             and self.x_rows % 8 == 0
-            and layout.in_features % _DEPTH == 0
-            and layout.out_features % 64 == 0
+            and format.in_features % _DEPTH == 0
+            and format.out_features % 64 == 0
             and not any(book.streamed for book in self.books)
         )
 
@@ -122,8 +122,8 @@ class OverlapPlan(DecodePlan):
         The first tiles wait for their part of the weight, and the tensor cores lose a tenth of their
         rate to the decoding beside them: a small weight is decoded in less.
         """
-        layout = self.grid.layout
-        return self.x_rows >= _MIN_ROWS and layout.in_features * layout.out_features >= _MIN_WEIGHTS
+        format = self.grid.format
+        return self.x_rows >= _MIN_ROWS and format.in_features * format.out_features >= _MIN_WEIGHTS
 
 
 def product(plan: OverlapPlan, x: Float[Array, "m in"], operands: Operands) -> Float[Array, "m out"]:
@@ -237,7 +237,7 @@ def product(plan: OverlapPlan, x: Float[Array, "m in"], operands: Operands) -> F
         body,
         out_type=[
             jax.ShapeDtypeStruct((plan.x_rows, plan.out_features), x.dtype),
-            jax.ShapeDtypeStruct((plan.grid.layout.in_features, plan.out_features), x.dtype),
+            jax.ShapeDtypeStruct((plan.grid.format.in_features, plan.out_features), x.dtype),
         ],
         grid=(blocks,),
         grid_names=("block",),

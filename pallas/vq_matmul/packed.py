@@ -24,9 +24,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
 from vptq_jax.array import VQArray
+from vptq_jax.format import FLOATS, INTEGERS, Format
 from vptq_jax.packing import pack_indices, unpack_indices
 from vptq_jax.pallas.ptx import SHARED_MEMORY_BYTES
-from vptq_jax.spec import VQLayout
 
 RESERVED_BYTES = 2048  # Of a block's shared memory, kept for the compiler's own use.
 ROW_BYTES = 16  # A centroid, or a plane of one: 8 values of 16 bits.
@@ -61,13 +61,13 @@ class Order:
 class UnitGrid:
     """The units of one weight in one order, all static."""
 
-    layout: VQLayout
+    format: Format
     order: Order
 
     @property
     def planes(self) -> int:
         """Runs of 8 components that a vector takes, 1 or 2."""
-        return -(-self.layout.vector_len // 8)
+        return -(-self.format.vector_len // 8)
 
     @property
     def streams(self) -> int:
@@ -82,17 +82,17 @@ class UnitGrid:
     @property
     def unit_rows(self) -> int:
         """Output rows of a unit."""
-        return self.unit_vectors * self.layout.vector_len
+        return self.unit_vectors * self.format.vector_len
 
     @property
     def row_units(self) -> int:
         """Units down the output rows, the last one padded."""
-        return -(-self.layout.num_vectors // self.unit_vectors)
+        return -(-self.format.num_vectors // self.unit_vectors)
 
     @property
     def column_units(self) -> int:
         """Units along the input columns of a group, the last one padded."""
-        return -(-self.layout.group_size // self.order.columns)
+        return -(-self.format.group_size // self.order.columns)
 
     @property
     def padded_columns(self) -> int:
@@ -102,7 +102,7 @@ class UnitGrid:
     @property
     def bits(self) -> int:
         """Bits of an entry: main and residual index."""
-        return self.layout.index_bits + self.layout.res_index_bits
+        return self.format.index_bits + self.format.res_index_bits
 
     @property
     def stream_words(self) -> int:
@@ -112,7 +112,7 @@ class UnitGrid:
     @property
     def words_shape(self) -> tuple[int, int, int, int]:
         """Shape of the packed words of a weight."""
-        return self.layout.num_groups, self.row_units, self.column_units, self.streams * self.stream_words
+        return self.format.num_groups, self.row_units, self.column_units, self.streams * self.stream_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Packed:
         column_scale: float32 [G * padded columns], zero in the padding.
         centred_offset: float32 [in_features], offset plus scale times codebook mean, or None.
         codebook, res_codebook, outlier_indices, outlier_codebook, scale, offset, perm: as in `VQArray`.
-        layout: the static shape facts.
+        format: the static shape facts.
         order: the unit of the kernel order.
     """
 
@@ -151,18 +151,18 @@ class Packed:
     scale: Float[Array, " in"] | None
     offset: Float[Array, " in"] | None
     perm: Int[Array, " in"] | None
-    layout: VQLayout
+    format: Format
     order: Order
 
     @property
     def grid(self) -> UnitGrid:
         """The units of this weight."""
-        return UnitGrid(self.layout, self.order)
+        return UnitGrid(self.format, self.order)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return self.layout.out_features, self.layout.in_features
+        return self.format.out_features, self.format.in_features
 
     @property
     def dtype(self) -> Any:
@@ -175,7 +175,7 @@ class Packed:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
-_SHARED_FIELDS = ("codebook", "res_codebook", "outlier_indices", "outlier_codebook", "scale", "offset", "perm")
+_SHARED_FIELDS = tuple(field for field in (*FLOATS, *INTEGERS) if field != "indices")
 PACKED_FIELDS = (
     "words",
     "table",
@@ -187,40 +187,40 @@ PACKED_FIELDS = (
     *_SHARED_FIELDS,
 )
 
-jax.tree_util.register_dataclass(Packed, data_fields=list(PACKED_FIELDS), meta_fields=["layout", "order"])
+jax.tree_util.register_dataclass(Packed, data_fields=list(PACKED_FIELDS), meta_fields=["format", "order"])
 
 
-def unsupported(layout: VQLayout, dtype: Any) -> str | None:
+def unsupported(format: Format, dtype: Any) -> str | None:
     """Why the kernels cannot multiply such a weight with activations of a dtype, or None."""
-    if layout.vector_len > 16:
-        return f"vector length {layout.vector_len} is above 16"
+    if format.vector_len > 16:
+        return f"vector length {format.vector_len} is above 16"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"the dtype is {jnp.dtype(dtype)}; the tensor cores take bfloat16 or float16"
     return None
 
 
-def shares_tail(layout: VQLayout) -> bool:
+def shares_tail(format: Format) -> bool:
     """Whether components 8.. of main and residual centroids share the rows of one table.
 
     With 8 < v <= 12 both fit one row of 8 values. It is done where the codebooks fit shared memory
     only so; the products of main and residual centroids then need sums of their own.
     """
-    if not 8 < layout.vector_len <= 12 or not layout.num_res_centroids:
+    if not 8 < format.vector_len <= 12 or not format.num_res_centroids:
         return False
-    sizes = (layout.num_centroids, layout.num_res_centroids)
+    sizes = (format.num_centroids, format.num_res_centroids)
     free = SHARED_MEMORY_BYTES - RESERVED_BYTES - _SCRATCH_BYTES
     return 2 * sum(sizes) * ROW_BYTES > free >= (sum(sizes) + max(sizes)) * ROW_BYTES
 
 
-def choose_order(layouts: Sequence[VQLayout]) -> Order:
+def choose_order(formats: Sequence[Format]) -> Order:
     """One order for weights that run in one launch: the largest unit that still gives every warp work."""
-    layout = layouts[0]
-    bits = layout.index_bits + layout.res_index_bits
-    streamed = max(layout.num_centroids, layout.num_res_centroids) > 8192
+    format = formats[0]
+    bits = format.index_bits + format.res_index_bits
+    streamed = max(format.num_centroids, format.num_res_centroids) > 8192
     candidates = [(4, 2), (2, 2), (4, 4)] if streamed else [(4, 4), (4, 2), (2, 2)]
     fitting = [Order(*c) for c in [*candidates, (4, 8)] if c[0] * c[1] * bits % 32 == 0]
     for order in fitting:
-        units = sum(math.prod(UnitGrid(part, order).words_shape[:3]) for part in layouts)
+        units = sum(math.prod(UnitGrid(part, order).words_shape[:3]) for part in formats)
         if units >= _TARGET_UNITS:
             return order
     return min(fitting, key=lambda order: order.entries)
@@ -239,17 +239,17 @@ def pack(weight: VQArray, order: Order | None = None, *, dtype: Any = None) -> P
         NotImplementedError: the kernels cannot hold this weight (the message says why).
     """
     dtype = jnp.dtype(dtype or (jnp.bfloat16 if weight.dtype == jnp.float32 else weight.dtype))
-    reason = unsupported(weight.layout, dtype)
+    reason = unsupported(weight.format, dtype)
     if reason:
         raise NotImplementedError(f"no kernel order for this weight: {reason}")
-    order = order or choose_order([weight.layout])
+    order = order or choose_order([weight.format])
     shared = {field: getattr(weight, field) for field in _SHARED_FIELDS}
-    return Packed(**_derived(weight, order, dtype), **shared, layout=weight.layout, order=order)
+    return Packed(**_derived(weight, order, dtype), **shared, format=weight.format, order=order)
 
 
 @functools.partial(jax.jit, static_argnames=("order", "dtype"))
 def _derived(weight: VQArray, order: Order, dtype: Any) -> dict[str, Array | None]:
-    grid = UnitGrid(weight.layout, order)
+    grid = UnitGrid(weight.format, order)
     main, residual = weight.unpack()
     means = None if weight.offset is None else weight.codebook.astype(jnp.float32).mean(axis=(1, 2))
     columns, column_scale = _kernel_columns(weight, grid)
@@ -268,7 +268,7 @@ def _derived(weight: VQArray, order: Order, dtype: Any) -> dict[str, Array | Non
 def unpack(kernel: Packed) -> VQArray:
     """Inverse of `pack`, bit for bit."""
     shared = {field: getattr(kernel, field) for field in _SHARED_FIELDS}
-    return VQArray(indices=_indices(kernel.words, kernel.grid), **shared, layout=kernel.layout)
+    return VQArray(indices=_indices(kernel.words, kernel.grid), **shared, format=kernel.format)
 
 
 @functools.partial(jax.jit, static_argnames="grid")
@@ -276,7 +276,7 @@ def _indices(words: UInt[Array, "G rows columns words"], grid: UnitGrid) -> UInt
     main, residual = _unpack_units(words, grid)
     main = _from_streams(main, grid)
     residual = None if residual is None else _from_streams(residual, grid)
-    return pack_indices(main, residual, grid.layout.index_bits, grid.layout.res_index_bits)
+    return pack_indices(main, residual, grid.format.index_bits, grid.format.res_index_bits)
 
 
 def kernel_columns(x: Float[Array, "m in"], kernel: Packed) -> Float[Array, "m n"]:
@@ -289,16 +289,16 @@ def _outliers(kernel: Packed) -> tuple[Int[Array, " o"], Float[Array, "n o d"]]:
     """The outlier columns' indices, and their vectors before scale and offset."""
     assert kernel.outlier_indices is not None
     assert kernel.outlier_codebook is not None
-    size = kernel.layout.outlier_size
+    size = kernel.format.outlier_size
     columns = jnp.arange(size) if kernel.perm is None else kernel.perm[:size]
     return columns, kernel.outlier_codebook[kernel.outlier_indices]
 
 
 def outlier_weight(kernel: Packed) -> tuple[Int[Array, " o"], Float[Array, "o out"]]:
     """The outlier columns' indices and float32 weights, offset included."""
-    layout = kernel.layout
+    format = kernel.format
     columns, vectors = _outliers(kernel)
-    values = vectors.astype(jnp.float32).transpose(1, 0, 2).reshape(layout.outlier_size, -1)[:, : layout.out_features]
+    values = vectors.astype(jnp.float32).transpose(1, 0, 2).reshape(format.outlier_size, -1)[:, : format.out_features]
     if kernel.scale is not None:
         values = values * kernel.scale[columns, None].astype(jnp.float32)
     if kernel.centred_offset is not None:
@@ -308,23 +308,23 @@ def outlier_weight(kernel: Packed) -> tuple[Int[Array, " o"], Float[Array, "o ou
 
 def outlier_product(x: Float[Array, "m in"], kernel: Packed) -> Float[Array, "m out"]:
     """The outlier columns' share of the product, float32."""
-    layout = kernel.layout
+    format = kernel.format
     columns, vectors = _outliers(kernel)
     gathered = x[:, columns].astype(jnp.float32)
     if kernel.scale is not None:
         gathered = gathered * kernel.scale[columns].astype(jnp.float32)
     product = jnp.einsum("mc,ncd->mnd", gathered.astype(vectors.dtype), vectors, preferred_element_type=jnp.float32)
-    return product.reshape(x.shape[0], -1)[:, : layout.out_features]
+    return product.reshape(x.shape[0], -1)[:, : format.out_features]
 
 
 def _kernel_columns(weight: VQArray, grid: UnitGrid) -> tuple[Array | None, Array]:
-    layout = weight.layout
-    original = jnp.arange(layout.in_features, dtype=jnp.int32) if weight.perm is None else weight.perm
-    original = original[layout.outlier_size :].reshape(layout.num_groups, layout.group_size)
-    scale = jnp.ones(layout.in_features) if weight.scale is None else weight.scale
-    padding = ((0, 0), (0, grid.padded_columns - layout.group_size))
+    format = weight.format
+    original = jnp.arange(format.in_features, dtype=jnp.int32) if weight.perm is None else weight.perm
+    original = original[format.outlier_size :].reshape(format.num_groups, format.group_size)
+    scale = jnp.ones(format.in_features) if weight.scale is None else weight.scale
+    padding = ((0, 0), (0, grid.padded_columns - format.group_size))
     column_scale = jnp.pad(scale.astype(jnp.float32)[original], padding).reshape(-1)
-    identity = weight.perm is None and not layout.outlier_size and not padding[1][1]
+    identity = weight.perm is None and not format.outlier_size and not padding[1][1]
     return None if identity else jnp.pad(original, padding).reshape(-1), column_scale
 
 
@@ -343,7 +343,7 @@ def _tables(
     if residual is None:
         return rows(main), None, None
     books = [rows(main), rows(residual)]
-    if not shares_tail(weight.layout):
+    if not shares_tail(weight.format):
         return books[0], books[1], None
     longest = max(book.shape[1] for book in books)
     tails = [jnp.pad(book[..., 8:12], ((0, 0), (0, longest - book.shape[1]), (0, 0))) for book in books]
@@ -351,8 +351,8 @@ def _tables(
 
 
 def _centred_offset(weight: VQArray, means: Float[Array, " G"]) -> Float[Array, " in"]:
-    layout = weight.layout
-    mean = jnp.concatenate([jnp.zeros(layout.outlier_size), jnp.repeat(means, layout.group_size)])
+    format = weight.format
+    mean = jnp.concatenate([jnp.zeros(format.outlier_size), jnp.repeat(means, format.group_size)])
     if weight.perm is not None:
         mean = jnp.zeros_like(mean).at[weight.perm].set(mean, unique_indices=True)
     assert weight.offset is not None
@@ -377,7 +377,7 @@ def _from_streams(streams: UInt[Array, "G rows columns streams entries"], grid: 
     index = streams.reshape(groups, rows, columns, 2, per_tile, 4, 2, steps // 2, 2, tiles)
     index = index.transpose(0, 1, 9, 4, 2, 7, 5, 8, 3, 6)
     index = index.reshape(groups, rows * grid.unit_vectors, grid.padded_columns)
-    return index[:, : grid.layout.num_vectors, : grid.layout.group_size]
+    return index[:, : grid.format.num_vectors, : grid.format.group_size]
 
 
 def load_widths(words: int) -> list[int]:
@@ -386,7 +386,7 @@ def load_widths(words: int) -> list[int]:
 
 
 def _pack_units(main: Array, residual: Array | None, grid: UnitGrid) -> UInt[Array, "G rows columns words"]:
-    packed = pack_indices(main, residual, grid.layout.index_bits, grid.layout.res_index_bits)
+    packed = pack_indices(main, residual, grid.format.index_bits, grid.format.res_index_bits)
     borders = np.cumsum(load_widths(grid.stream_words))[:-1].tolist()
     loads = jnp.split(packed, borders, axis=-1)
     return jnp.concatenate([load.reshape(*load.shape[:3], -1) for load in loads], axis=-1)
@@ -399,4 +399,4 @@ def _unpack_units(words: UInt[Array, "G rows columns words"], grid: UnitGrid) ->
     packed = jnp.concatenate(
         [load.reshape(*load.shape[:3], grid.streams, width) for load, width in zip(loads, widths, strict=True)], axis=-1
     )
-    return unpack_indices(packed, grid.order.entries, grid.layout.index_bits, grid.layout.res_index_bits)
+    return unpack_indices(packed, grid.order.entries, grid.format.index_bits, grid.format.res_index_bits)

@@ -6,9 +6,9 @@ import dataclasses
 import math
 from typing import Literal
 
+from vptq_jax.format import Format
 from vptq_jax.pallas.ptx import SHARED_MEMORY_BYTES
 from vptq_jax.pallas.vq_matmul.packed import RESERVED_BYTES, ROW_BYTES, Order, UnitGrid, shares_tail
-from vptq_jax.spec import VQLayout
 
 MAX_ROWS = 64
 MAX_STAGED_ROWS = 4  # Every block reads all of x: worth a launch for 1 row, slower for 8 (measured).
@@ -72,7 +72,7 @@ class Book:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One launch: weights that share a layout except for out_features, times `rows` activations.
+    """One launch: weights that share a format except for out_features, times `rows` activations.
 
     Slabs of `column_warps` units side by side are numbered part by part, group by group, row
     group by row group; block c runs slabs c * total // blocks to (c + 1) * total // blocks. A row
@@ -81,7 +81,7 @@ class Plan:
     it normalizes x first, which it can where it stages x.
     """
 
-    layouts: tuple[VQLayout, ...]
+    formats: tuple[Format, ...]
     order: Order
     rows: int
     kind: Literal["bf16", "f16"]
@@ -97,12 +97,12 @@ class Plan:
     @property
     def offset_chunks(self) -> int:
         """Shares of the offset of one weight."""
-        return -(-self.grid.layout.in_features // self.offset_columns)
+        return -(-self.grid.format.in_features // self.offset_columns)
 
     @property
     def grids(self) -> tuple[UnitGrid, ...]:
         """The units of each weight."""
-        return tuple(UnitGrid(layout, self.order) for layout in self.layouts)
+        return tuple(UnitGrid(format, self.order) for format in self.formats)
 
     @property
     def grid(self) -> UnitGrid:
@@ -150,7 +150,7 @@ class Plan:
         """First slab of each weight, and the number of all slabs."""
         starts = [0]
         for groups in self.row_groups:
-            starts.append(starts[-1] + self.grid.layout.num_groups * groups * self.slabs_per_row_group)
+            starts.append(starts[-1] + self.grid.format.num_groups * groups * self.slabs_per_row_group)
         return tuple(starts)
 
     @property
@@ -181,12 +181,12 @@ class Plan:
     @property
     def slots(self) -> int:
         """Partial sums of every output."""
-        return self.grid.layout.num_groups * self.slots_per_group
+        return self.grid.format.num_groups * self.slots_per_group
 
     @property
     def out_features(self) -> int:
         """Outputs of all weights together."""
-        return sum(layout.out_features for layout in self.layouts)
+        return sum(format.out_features for format in self.formats)
 
     @property
     def free_bytes(self) -> int:
@@ -205,8 +205,8 @@ class Plan:
 
     @property
     def shared_tail(self) -> bool:
-        """Whether components 8.. of main and residual centroids share one table (`layout.shares_tail`)."""
-        return shares_tail(self.grid.layout)
+        """Whether components 8.. of main and residual centroids share one table (`format.shares_tail`)."""
+        return shares_tail(self.grid.format)
 
     @property
     def added(self) -> bool:
@@ -214,15 +214,15 @@ class Plan:
 
         The sum is rounded once more, but many rows then need half the products.
         """
-        return bool(self.grid.layout.num_res_centroids) and self.row_tiles > 1 and not self.shared_tail
+        return bool(self.grid.format.num_res_centroids) and self.row_tiles > 1 and not self.shared_tail
 
     @property
     def books(self) -> tuple[Book, ...]:
         """Main codebook and, if there is one, residual codebook."""
-        layout, planes = self.grid.layout, self.grid.planes
-        sizes = [layout.num_centroids, layout.num_res_centroids][: 2 if layout.num_res_centroids else 1]
-        bits = [layout.index_bits, layout.res_index_bits]
-        shifts = [0, layout.index_bits]
+        format, planes = self.grid.format, self.grid.planes
+        sizes = [format.num_centroids, format.num_res_centroids][: 2 if format.num_res_centroids else 1]
+        bits = [format.index_bits, format.res_index_bits]
+        shifts = [0, format.index_bits]
         offset = self.scratch_bytes
         if self.shared_tail:
             tail = offset + sum(sizes) * ROW_BYTES
@@ -275,7 +275,7 @@ class Plan:
     @property
     def x_row_bytes(self) -> int:
         """A row of activations as it comes, and the normalization's weight."""
-        return self.grid.layout.in_features * 2
+        return self.grid.format.in_features * 2
 
     @property
     def x_bytes(self) -> int:
@@ -315,7 +315,7 @@ class Plan:
         return (
             self.config.stage_x
             and self.rows <= (MAX_STAGED_ROWS if self.norm_eps is None else MAX_NORMALIZED_ROWS)
-            and self.grid.layout.in_features % 8 == 0
+            and self.grid.format.in_features % 8 == 0
             and self.staged_pieces <= _THREAD_PIECES * self.warps * 32
             and self._staged_end <= self.free_bytes
         )

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt
 
 from vptq_jax.array import VQArray
+from vptq_jax.format import Format
 from vptq_jax.packing import packed_words, unpack_indices
-from vptq_jax.spec import VQLayout
 
 _BLOCK = 1 << 19  # weights that a CPU decodes at a time: 2 MB, what a core's cache holds
 _FEW = 4  # rows for which a GPU gathers inside the reduction; with more it decodes first and multiplies
@@ -38,16 +38,16 @@ def vq_matmul(x: Float[Array, "*batch in"], weight: VQArray, *, out_dtype: Any =
     """
     rows = x.reshape(-1, x.shape[-1])
     if not rows.size:
-        return jnp.zeros((*x.shape[:-1], weight.layout.out_features), out_dtype or x.dtype)
+        return jnp.zeros((*x.shape[:-1], weight.format.out_features), out_dtype or x.dtype)
     y = _product(rows, weight)
-    return y.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], weight.layout.out_features)
+    return y.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], weight.format.out_features)
 
 
 @jax.checkpoint  # Saving the packed weight instead of the decoded one for the backward pass.
 def _product(x: Float[Array, "rows in"], weight: VQArray) -> Float[Array, "rows out"]:
     # Without the barrier XLA moves the decoding of every weight out of a loop around it (decode), and keeps them all.
     x, weight = jax.lax.optimization_barrier((x, weight))
-    size = weight.layout.outlier_size
+    size = weight.format.outlier_size
     scale = jnp.ones(x.shape[1]) if weight.scale is None else weight.scale.astype(jnp.float32)
     columns = x
     if weight.perm is not None:
@@ -65,12 +65,12 @@ def _by_blocks(
     x: Float[Array, "rows columns"], scale: Float[Array, " columns"], weight: VQArray
 ) -> Float[Array, "rows out"]:
     """Blocks of vectors one after the other, each decoded and multiplied while it lies in the cache."""
-    layout = weight.layout
-    size = max(1, min(layout.num_vectors, _BLOCK // (layout.vector_len * x.shape[1])))
-    count = -(-layout.num_vectors // size)
-    words = jnp.pad(weight.indices, ((0, 0), (0, count * size - layout.num_vectors), (0, 0)))
-    words = words.reshape(layout.num_groups, count, size, -1).swapaxes(0, 1)
-    x = (x * scale).reshape(len(x), layout.num_groups, layout.group_size)
+    format = weight.format
+    size = max(1, min(format.num_vectors, _BLOCK // (format.vector_len * x.shape[1])))
+    count = -(-format.num_vectors // size)
+    words = jnp.pad(weight.indices, ((0, 0), (0, count * size - format.num_vectors), (0, 0)))
+    words = words.reshape(format.num_groups, count, size, -1).swapaxes(0, 1)
+    x = (x * scale).reshape(len(x), format.num_groups, format.group_size)
 
     @jax.checkpoint
     def block(words: UInt[Array, "G size words"]) -> Float[Array, "rows size v"]:
@@ -78,7 +78,7 @@ def _by_blocks(
         return jnp.einsum("rgc,gncv->rnv", x, vectors, preferred_element_type=jnp.float32)
 
     y = jax.lax.map(block, words) if count > 1 else block(words[0])[None]
-    return y.swapaxes(0, 1).reshape(len(x), count * size * layout.vector_len)[:, : layout.out_features]
+    return y.swapaxes(0, 1).reshape(len(x), count * size * format.vector_len)[:, : format.out_features]
 
 
 @jax.custom_jvp
@@ -86,17 +86,17 @@ def _by_columns(
     x: Float[Array, "rows columns"], scale: Float[Array, " columns"], weight: VQArray
 ) -> Float[Array, "rows out"]:
     """Some columns at a time, each centroid multiplied as it is read: y stays in the cache, no vector is written."""
-    layout = weight.layout
-    bits = layout.index_bits + layout.res_index_bits
-    length = 4 if layout.vector_len <= 4 else -(-layout.vector_len // 8) * 8  # whole registers
-    books = [(_padded(weight.codebook, length), 0, layout.index_bits)]
+    format = weight.format
+    bits = format.index_bits + format.res_index_bits
+    length = 4 if format.vector_len <= 4 else -(-format.vector_len // 8) * 8  # whole registers
+    books = [(_padded(weight.codebook, length), 0, format.index_bits)]
     if weight.res_codebook is not None:
-        books.append((_padded(weight.res_codebook, length), layout.index_bits, layout.res_index_bits))
+        books.append((_padded(weight.res_codebook, length), format.index_bits, format.res_index_bits))
     step = _step(bits, length * len(books))
-    steps, rest = divmod(layout.group_size, step)
+    steps, rest = divmod(format.group_size, step)
 
-    size = _rows_at_a_time(layout, step, length)
-    parts = -(-layout.num_vectors // size)
+    size = _rows_at_a_time(format, step, length)
+    parts = -(-format.num_vectors // size)
 
     def row(x: Float[Array, "G gs"]) -> Float[Array, " out"]:
         def part(first: Any) -> Float[Array, "size w"]:
@@ -118,16 +118,16 @@ def _by_columns(
                 return add(steps, y, rest) if rest else y
 
             y = jnp.zeros((size, length))
-            return jax.lax.fori_loop(0, layout.num_groups, group, y) if layout.num_groups > 1 else group(0, y)
+            return jax.lax.fori_loop(0, format.num_groups, group, y) if format.num_groups > 1 else group(0, y)
 
         def place(i: Any, y: Float[Array, "n w"]) -> Float[Array, "n w"]:
-            first = jnp.minimum(i * size, layout.num_vectors - size)
+            first = jnp.minimum(i * size, format.num_vectors - size)
             return jax.lax.dynamic_update_slice(y, part(first), (first, 0))
 
-        y = jax.lax.fori_loop(0, parts, place, jnp.zeros((layout.num_vectors, length))) if parts > 1 else part(0)
-        return y[:, : layout.vector_len].reshape(-1)[: layout.out_features]
+        y = jax.lax.fori_loop(0, parts, place, jnp.zeros((format.num_vectors, length))) if parts > 1 else part(0)
+        return y[:, : format.vector_len].reshape(-1)[: format.out_features]
 
-    x = (x * scale).reshape(len(x), layout.num_groups, layout.group_size)
+    x = (x * scale).reshape(len(x), format.num_groups, format.group_size)
     return jax.lax.map(row, x) if len(x) > 1 else row(x[0])[None]
 
 
@@ -148,16 +148,16 @@ def _step(bits: int, floats: int) -> int:
     return step if step <= _MOST_USES * period else (_MOST_USES - 1) * period
 
 
-def _rows_at_a_time(layout: VQLayout, step: int, length: int) -> int:
+def _rows_at_a_time(format: Format, step: int, length: int) -> int:
     """Rows of vectors that a step serves: all, or what one thread does where a step is too small to be shared out.
 
     XLA divides what it estimates at twice 1e5 cycles or more, at 10 cycles a byte, whatever handing it out takes.
     """
-    rows, books = layout.num_vectors, 2 if layout.num_res_centroids else 1
-    bits = layout.index_bits + layout.res_index_bits
+    rows, books = format.num_vectors, 2 if format.num_res_centroids else 1
+    bits = format.index_bits + format.res_index_bits
     if rows * step * books > 1 << 15:
         return rows
-    tables = 40 * length * (layout.num_centroids + layout.num_res_centroids)
+    tables = 40 * length * (format.num_centroids + format.num_res_centroids)
     most = (190_000 - tables) // (10 * (step * bits // 8 + 8 * length) + 3 * step * length * books)
     return -(-rows // -(-rows // most)) if most >= 64 else rows
 
@@ -186,15 +186,15 @@ def _at_once(
     x: Float[Array, "rows columns"], scale: Float[Array, " columns"], weight: VQArray
 ) -> Float[Array, "rows out"]:
     """Few rows: one component of the centroids at a time, which XLA fuses with the sum; more: decode, then multiply."""
-    layout = weight.layout
+    format = weight.format
     if len(x) > _FEW:  # x stays as it is, so that only the weight is rounded
-        scale = scale.reshape(layout.num_groups, 1, layout.group_size, 1)
+        scale = scale.reshape(format.num_groups, 1, format.group_size, 1)
         vectors = (_decode(weight.indices, weight) * scale).astype(x.dtype)
-        x = x.reshape(len(x), layout.num_groups, layout.group_size)
+        x = x.reshape(len(x), format.num_groups, format.group_size)
         y = jnp.einsum("rgc,gncv->rnv", x, vectors, preferred_element_type=jnp.float32)
-        return y.reshape(len(x), layout.num_vectors * layout.vector_len)[:, : layout.out_features]
-    x = (x * scale).reshape(len(x), layout.num_groups, layout.group_size)
-    main, residual = unpack_indices(weight.indices, layout.group_size, layout.index_bits, layout.res_index_bits)
+        return y.reshape(len(x), format.num_vectors * format.vector_len)[:, : format.out_features]
+    x = (x * scale).reshape(len(x), format.num_groups, format.group_size)
+    main, residual = unpack_indices(weight.indices, format.group_size, format.index_bits, format.res_index_bits)
 
     def component(d: int) -> Float[Array, "rows n"]:
         values = _take(weight.codebook[..., d], main)
@@ -202,14 +202,14 @@ def _at_once(
             values = values + _take(weight.res_codebook[..., d], residual)
         return jnp.stack([jnp.sum(values * row[:, None], axis=(0, 2)) for row in x])
 
-    y = jnp.stack([component(d) for d in range(layout.vector_len)], axis=-1)
-    return y.reshape(len(x), -1)[:, : layout.out_features]
+    y = jnp.stack([component(d) for d in range(format.vector_len)], axis=-1)
+    return y.reshape(len(x), -1)[:, : format.out_features]
 
 
 def _decode(words: UInt[Array, "G n words"], weight: VQArray) -> Float[Array, "G n c v"]:
     """The vectors of some packed rows, before scale and offset; float32."""
-    layout = weight.layout
-    main, residual = unpack_indices(words, layout.group_size, layout.index_bits, layout.res_index_bits)
+    format = weight.format
+    main, residual = unpack_indices(words, format.group_size, format.index_bits, format.res_index_bits)
     vectors = _take(weight.codebook, main)
     if residual is not None and weight.res_codebook is not None:
         vectors = vectors + _take(weight.res_codebook, residual)
@@ -230,4 +230,4 @@ def _outliers(x: Float[Array, "rows columns"], weight: VQArray) -> Float[Array, 
     assert weight.outlier_indices is not None
     vectors = weight.outlier_codebook.astype(jnp.float32)[weight.outlier_indices.astype(jnp.int32)]
     y = jnp.einsum("rc,ncv->rnv", x, vectors, preferred_element_type=jnp.float32)
-    return y.reshape(len(x), math.prod(y.shape[1:]))[:, : weight.layout.out_features]
+    return y.reshape(len(x), math.prod(y.shape[1:]))[:, : weight.format.out_features]

@@ -17,7 +17,7 @@ def digest(model) -> str:
     from flax import nnx
 
     found = hashlib.blake2b(repr(model.config).encode())
-    for path, leaf in jax.tree.leaves_with_path(nnx.state(model)):
+    for path, leaf in jax.tree.leaves_with_path(nnx.state(model.module)):
         found.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
     return found.hexdigest()
 

@@ -55,11 +55,13 @@ def test_any_end_at_any_point(name, runner, tiny_hf, saved, old_models, tmp_path
     entries = sorted(entry.name for entry in box.iterdir())
     # The first operations, which try the place, and the last, around the rename, matter most; the middle is sampled.
     last = whole.operations
-    points = range(1, last + 1) if long else sorted({1, 2, last, last - 1, rng.choice(range(3, last))})
+    if long:  # every operation is the last one of some command
+        cases = [(at, mode) for at in range(1, last + 1) for mode in ("kill", rng.choice(("full", "interrupt")))]
+    else:
+        cases = [(at, MODES[at % 3]) for at in sorted({1, 2, last, last - 1, rng.choice(range(3, last))})]
     boxes, expected = [box], {}
-    for at in points:
-        mode = MODES[at % 3] if not long else rng.choice(MODES)
-        box = make_box(tmp_path / f"{at}", old)
+    for at, mode in cases:
+        box = make_box(tmp_path / f"{at}-{mode}", old)
         case = f"{name}: {mode} at operation {at} of {last}"
         command = COMMANDS[name](tiny_hf, saved, box)
         struck = runner.command(command, box, mode=mode, at=at)

@@ -121,7 +121,7 @@ def child(case: dict, tally: str, out: int, err: int) -> None:
 
 def serve() -> None:
     """Answers cases until standard input ends."""
-    import matplotlib.backends.backend_agg  # noqa: F401
+    import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
     import orbax.checkpoint  # noqa: F401
     import PIL.PngImagePlugin  # noqa: F401

@@ -22,14 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from vptq_jax.array import VQArray, expected_shapes
+from vptq_jax.array import VQArray
+from vptq_jax.format import Format
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.params import DenseSource
 from vptq_jax.nn.inference import inference_form
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.pallas import dispatch
 from vptq_jax.pallas.vq_matmul import choose_order, pack, vq_matmul
-from vptq_jax.spec import VQLayout, VQSpec
+from vptq_jax.spec import SearchOptions, VQSpec
 
 _CACHE_BYTES = 150_000_000  # Weights of one measurement take more, so that none stays in a GPU's L2.
 _MOST_WEIGHTS = 256
@@ -196,7 +197,7 @@ def bench_decode(
 
 
 def bench_quantize(
-    specs: Sequence[str], out_features: int, in_features: int, *, seed: int = 0, **options: Any
+    specs: Sequence[str], out_features: int, in_features: int, *, seed: int = 0, options: SearchOptions | None = None
 ) -> list[dict[str, Any]]:
     """Times `quantize_weight` on a random weight and Hessian, twice: only the first run compiles.
 
@@ -214,7 +215,7 @@ def bench_quantize(
         seconds = []
         for _ in range(2):
             begin = time.perf_counter()
-            array, stats = quantize_weight(weight, hessian, spec, key=keys[2], **options)
+            array, stats = quantize_weight(weight, hessian, spec, key=keys[2], options=options or SearchOptions())
             jax.block_until_ready(array)
             seconds.append(time.perf_counter() - begin)
         first, second = seconds
@@ -261,28 +262,6 @@ def _check_profiler() -> None:
         raise NotImplementedError(f"device times need a GPU; the default device is {jax.default_backend()!r}")
 
 
-def random_weight(layout: VQLayout, key: Array, dtype: Any = jnp.bfloat16) -> VQArray:
-    """A weight of random bits, made on the device; normalized and permuted, standard deviation about 0.02."""
-    keys = iter(jax.random.split(key, 8))
-    fields: dict[str, Any] = {}
-    for name, shape in expected_shapes(layout, normalize=True, permute=True).items():
-        if shape is None:
-            fields[name] = None
-        elif name == "indices":
-            fields[name] = jax.random.bits(next(keys), shape, jnp.uint32)
-        elif name == "outlier_indices":
-            fields[name] = jax.random.randint(next(keys), shape, 0, layout.num_outlier_centroids).astype(jnp.uint16)
-        elif name == "perm":
-            fields[name] = jax.random.permutation(next(keys), layout.in_features).astype(jnp.int32)
-        elif name == "scale":
-            fields[name] = jnp.full(shape, 0.02, dtype)
-        elif name == "offset":
-            fields[name] = 1e-3 * jax.random.normal(next(keys), shape, dtype)
-        else:
-            fields[name] = jax.random.normal(next(keys), shape, dtype)
-    return VQArray(**fields, layout=layout)
-
-
 @functools.partial(jax.jit, static_argnums=1)
 def random_hessian(key: Array, features: int) -> Array:
     """Second moment, float32 [features, features], of correlated inputs whose sizes differ as a real layer's do."""
@@ -322,8 +301,8 @@ class _RandomSource(DenseSource):
         """A quantized layer inside the decoder, a dense one elsewhere."""
         if self.spec is None or not name.endswith("_proj"):
             return super().linear(name, out_features, in_features, bias=bias)
-        layout = self.spec.layout(out_features, in_features)
-        weight = _random_weight(self._next_key(), layout, jnp.dtype(self.dtype))
+        format = Format.of(self.spec, (out_features, in_features))
+        weight = _random_weight(self._next_key(), format, jnp.dtype(self.dtype))
         return VQLinear(weight, self.tensor(f"{name}.bias", (out_features,)) if bias else None)
 
 
@@ -333,19 +312,19 @@ def _normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _random_weight(key: Array, layout: VQLayout, dtype: Any) -> VQArray:
-    return random_weight(layout, key, dtype)
+def _random_weight(key: Array, format: Format, dtype: Any) -> VQArray:
+    return VQArray.random(key, format, dtype)
 
 
 def packed_weights(spec: str, out_features: int, in_features: int, dtype: Any, seed: int) -> list[Any]:
     """Random weights, enough that a run over all of them finds none in L2; in kernel order where a kernel runs."""
-    layout = VQSpec.parse(spec).layout(out_features, in_features)
-    size = int(layout.nominal_bits * out_features * in_features / 8)
+    format = Format.of(spec, (out_features, in_features))
+    size = int(format.nominal_bits * out_features * in_features / 8)
     keys = jax.random.split(jax.random.key(seed), _rotation(size))
-    weights = [_random_weight(key, layout, jnp.dtype(dtype)) for key in keys]
+    weights = [_random_weight(key, format, jnp.dtype(dtype)) for key in keys]
     if dispatch.why_no_mosaic():
         return weights
-    return [pack(weight, choose_order([layout]), dtype=dtype) for weight in weights]
+    return [pack(weight, choose_order([format]), dtype=dtype) for weight in weights]
 
 
 def _dense_weights(out_features: int, in_features: int, dtype: Any, seed: int) -> list[Array]:

@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 
 from vptq_jax.cli import common
-from vptq_jax.spec import QuantConfig
+from vptq_jax.cli.options import options_of
+from vptq_jax.spec import DEFAULTS, QuantConfig, SearchOptions
 
 
+@options_of(SearchOptions)
 def quantize(
     model: common.ModelArgument,
     output: Annotated[
@@ -45,9 +47,7 @@ def quantize(
             help="Calibrate every layer on the original model, or behind the quantized layers before it.",
         ),
     ] = QuantConfig.mode,
-    rounds: Annotated[
-        int, typer.Option(min=0, help="Rounds of refinement; 0 is the algorithm of the paper.")
-    ] = QuantConfig.rounds,
+    search: SearchOptions = DEFAULTS,
     seed: Annotated[int, typer.Option(help="The same seed gives the same files.")] = QuantConfig.seed,
     dtype: common.DtypeOption = None,
     workdir: Annotated[
@@ -78,8 +78,8 @@ def quantize(
         spec=None if spec == "none" else spec,
         rules=parse_rules(rule or ()),
         seed=seed,
-        rounds=rounds,
         mode=mode,  # type: ignore[arg-type]  # QuantConfig checks it
+        **vars(search),
     )
     if mode == "sequential" and (hessians is not None or save_hessians is not None):
         raise ValueError("--mode sequential collects its own Hessians; leave out --hessians and --save-hessians")

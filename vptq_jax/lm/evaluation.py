@@ -115,11 +115,12 @@ def _window_losses(model: Decoder, tokens: Int[Array, "B T"]) -> Float[np.ndarra
     hidden = model.hidden(tokens)
     targets = jnp.roll(tokens, -1, axis=1)
     step = max(1, HEAD_TOKENS // len(tokens))
+    # The host waits for all of them at once.
     losses = [
-        np.asarray(_negative_log_likelihood(model.head(hidden[:, at : at + step]), targets[:, at : at + step]))
+        _negative_log_likelihood(model.head(hidden[:, at : at + step]), targets[:, at : at + step])
         for at in range(0, tokens.shape[1], step)
     ]
-    return np.concatenate(losses, axis=1)[:, :-1].mean(axis=1, dtype=np.float64)
+    return np.concatenate(jax.device_get(losses), axis=1)[:, :-1].mean(axis=1, dtype=np.float64)
 
 
 @jax.jit

@@ -232,10 +232,38 @@ class _State:
     seen: Bool[Array, "B V"]
 
 
-@partial(jax.jit, static_argnames=("capacity", "greedy"))
+class _Structure:
+    """A model without its arrays, as a static argument that is compared by identity before all else.
+
+    Flattening a large model takes as long as a few tokens, so that it is done once and not for every chunk of them.
+    """
+
+    def __init__(self, structure: Any):
+        self.structure, self._hash = structure, hash(structure)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Structure) and self.structure == other.structure)
+
+    def model(self, arrays: list[Array]) -> Decoder:
+        """The model with arrays in it."""
+        return jax.tree.unflatten(self.structure, arrays)
+
+
+@partial(jax.jit, static_argnames=("structure", "capacity", "greedy"))
 def _prefill(
-    model: Decoder, tokens: Int[Array, "B T"], start: Int[Array, "B"], request: _Request, *, capacity: int, greedy: bool
+    structure: _Structure,
+    arrays: list[Array],
+    tokens: Int[Array, "B T"],
+    start: Int[Array, "B"],
+    request: _Request,
+    *,
+    capacity: int,
+    greedy: bool,
 ) -> _State:
+    model = structure.model(arrays)
     logits, cache = model.prefill(tokens, start, capacity=capacity)
     batch, length = tokens.shape
     rows = jnp.arange(batch)
@@ -256,8 +284,18 @@ def _prefill(
     return _choose(state, logits, request, greedy)
 
 
-@partial(jax.jit, static_argnames="greedy", donate_argnames="state")
-def _decode(model: Decoder, state: _State, request: _Request, until: Int[Array, ""], *, greedy: bool) -> _State:
+@partial(jax.jit, static_argnames=("structure", "greedy"), donate_argnames="state")
+def _decode(
+    structure: _Structure,
+    arrays: list[Array],
+    state: _State,
+    request: _Request,
+    until: Int[Array, ""],
+    *,
+    greedy: bool,
+) -> _State:
+    model = structure.model(arrays)
+
     def going(state: _State) -> Bool[Array, ""]:
         return (state.count < until) & ~state.done.all() & ~state.failed.any()
 
@@ -301,11 +339,13 @@ class _Run:
         model: Decoder,
         prompts: list[list[int]],
         request: _Request,
-        state: _State,
         greedy: bool,
     ):
         self.lm, self.model, self.prompts = lm, model, prompts  # the model is the one that runs, perhaps packed
-        self.request, self.state, self.greedy = request, state, greedy
+        self.request, self.greedy = request, greedy
+        self.arrays, structure = jax.tree.flatten(model)
+        self.structure = _Structure(structure)
+        self.state: _State
         self.prefill_seconds = 0.0
 
     @classmethod
@@ -326,7 +366,6 @@ class _Run:
         vocab_size, context = lm.config.vocab_size, lm.config.context_length
         stop = _stop_ids(lm, stop_tokens)
         limit = np.minimum(min(max_new_tokens, context), context - np.array([len(row) for row in ids]))
-        model = inference_form(lm.module)
         _programs.make_room()
         begin = time.perf_counter()
         width = bucket(max(map(len, ids)))
@@ -347,18 +386,22 @@ class _Run:
             jax.random.key(sampling.seed),
         )
         capacity = cache_capacity(width + int(limit.max()))
-        state = _prefill(
-            model, jnp.asarray(tokens), jnp.asarray(start), request, capacity=capacity, greedy=sampling.greedy
-        )
-        run = cls(lm, model, ids, request, state, sampling.greedy)
+        run = cls(lm, inference_form(lm.module), ids, request, sampling.greedy)
+        run.prefill(jnp.asarray(tokens), jnp.asarray(start), capacity)
         run._check()
         run.prefill_seconds = time.perf_counter() - begin
         return run
 
+    def prefill(self, tokens: Int[Array, "B T"], start: Int[Array, "B"], capacity: int) -> None:
+        """Reads the prompts and chooses the first tokens."""
+        self.state = _prefill(
+            self.structure, self.arrays, tokens, start, self.request, capacity=capacity, greedy=self.greedy
+        )
+
     def decode(self, steps: int) -> None:
         """Takes up to `steps` more steps, fewer when all rows are done."""
         until = self.state.count + jnp.int32(min(steps, self.model.config.context_length))
-        self.state = _decode(self.model, self.state, self.request, until, greedy=self.greedy)
+        self.state = _decode(self.structure, self.arrays, self.state, self.request, until, greedy=self.greedy)
         self._check()
 
     def _check(self) -> None:

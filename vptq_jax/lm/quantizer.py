@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
-import re
 import time
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -360,7 +358,7 @@ def _row(path: str, spec: VQSpec, array: VQArray) -> dict[str, Any]:
         "spec": str(spec),
         "out_features": out_features,
         "in_features": in_features,
-        "bits_nominal": array.layout.nominal_bits,
+        "bits_nominal": array.format.nominal_bits,
         "bits_total": array.bits_per_weight,
     }
 

@@ -33,7 +33,7 @@ def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True, what: 
 
 
 class TextStream:
-    """Turns a growing list of token ids into text, never ending inside a character.
+    """Turns a growing list of token ids into text, never ending inside a character, in time linear in its length.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -42,28 +42,33 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._context = list(prompt[-_CONTEXT:])
-        self._tokens: list[int] = []
-        self._text = ""
+        # What is decoded: tokens whose text is out, which decide about spaces, and those behind them.
+        self._known = list(prompt[-_CONTEXT:])
+        self._open: list[int] = []
+        self._count = 0  # tokens taken in
+        self._out = 0  # characters of the open tokens that are out
 
     def push(self, tokens: Sequence[int]) -> str:
         """All tokens so far in, the text that is new and complete out."""
-        self._tokens = list(tokens)
-        return self._emit(self._decoded().rstrip(_INCOMPLETE))
+        self._open += tokens[self._count :]
+        self._count = len(tokens)
+        text = self._text()
+        whole = text.rstrip(_INCOMPLETE)
+        new = whole[self._out :]
+        if new and whole == text:  # nothing is left that later tokens could change
+            self._known, self._open, self._out = self._open, [], 0
+        else:
+            self._out += len(new)
+        return new
 
     def finish(self) -> str:
         """The text that is left, which may end in replacement characters."""
-        return self._emit(self._decoded())
+        return self._text()[self._out :]
 
-    def _emit(self, text: str) -> str:
-        new = text[len(self._text) :] if text.startswith(self._text) else ""
-        self._text += new
-        return new
-
-    def _decoded(self) -> str:
-        before = self._decode(self._context)
-        whole = self._decode([*self._context, *self._tokens])
-        return whole[len(before) :] if whole.startswith(before) else self._decode(self._tokens)
+    def _text(self) -> str:
+        before = self._decode(self._known)
+        whole = self._decode([*self._known, *self._open])
+        return whole[len(before) :] if whole.startswith(before) else self._decode(self._open)
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -11,7 +11,6 @@ Equal inputs give equal files, byte for byte.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -25,11 +24,11 @@ import safetensors.flax
 
 from vptq_jax.array import VQArray
 from vptq_jax.files import check_writable, final_path, held_interrupt, locked, write_atomic
+from vptq_jax.format import FLOATS, INTEGERS, Format
 from vptq_jax.lm.fingerprint import bytes_digest, json_digest
-from vptq_jax.spec import VQLayout
 
-_FORMAT = "quantization-2"
-_FIELDS = tuple(field.name for field in dataclasses.fields(VQArray) if field.name != "layout")
+_FORMAT = "quantization-3"
+_FIELDS = (*INTEGERS, *FLOATS)
 _RUN, _LOCK, _SECONDS, _SUFFIX = "run.json", "lock", "seconds.jsonl", ".safetensors"
 _LEFTOVER = re.compile(r"\..+\.(safetensors|json)\.[0-9a-f]{8}\.tmp")  # of `write_atomic`, killed while writing
 
@@ -117,13 +116,13 @@ class WorkDir:
             with safetensors.safe_open(file, framework="flax") as tensors:
                 arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
                 header = _checked_header(tensors.metadata(), arrays)
-            layout = VQLayout(**header["layout"])
+            format = Format.from_json(header)
         except (safetensors.SafetensorError, TypeError, KeyError, ValueError, OverflowError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{file} is damaged ({reason}); delete it to quantize {path} again") from None
         _refuse_changes(header["inputs"], inputs, self.directory, f"made {path} from other inputs")
         fields: dict[str, Any] = {name: arrays.get(name) for name in _FIELDS}
-        array = VQArray(**fields, layout=layout)
+        array = VQArray(**fields, format=format)
         return array.validate(path), header["stats"] | {"seconds": self._seconds.get(path)}
 
     def save(self, path: str, array: VQArray, stats: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
@@ -143,7 +142,7 @@ class WorkDir:
         tensors = {name: jax.device_get(getattr(array, name)) for name in _FIELDS if getattr(array, name) is not None}
         header: dict[str, Any] = {
             "inputs": dict(inputs),
-            "layout": dataclasses.asdict(array.layout),
+            **array.format.to_json(),
             "stats": stats,
             "tensors": {name: bytes_digest(tensor) for name, tensor in tensors.items()},
         }

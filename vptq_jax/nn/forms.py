@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 
 from vptq_jax.array import VQArray
-from vptq_jax.nn.linear import FLOATS, VQLinear
+from vptq_jax.format import FLOATS
+from vptq_jax.nn.linear import VQLinear
 from vptq_jax.nn.surgery import modules, replace
 from vptq_jax.pallas import dispatch
 from vptq_jax.pallas.vq_matmul import Packed, choose_order
@@ -58,8 +59,8 @@ def pack(weight: Any, *, dtype: Any = None, target: str | None = None, donate: b
     groups: dict[Any, list[tuple[str, VQLinear]]] = {}
     same_input = _same_input(weight)
     for path, layer in quantized(weight).items():
-        if layer.order is None and not layer.stacked and not unsupported(layer.layout, dtype):
-            alike = dataclasses.replace(layer.layout, out_features=1)
+        if layer.order is None and not layer.stacked and not unsupported(layer.format, dtype):
+            alike = dataclasses.replace(layer.format, out_features=1)
             groups.setdefault((same_input.get(path, path), alike), []).append((path, layer))
     found: dict[str, VQLinear] = {}
     for group in groups.values():
@@ -107,9 +108,7 @@ def trainable(weight: Any, dtype: Any = jnp.float32) -> Any:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype is {dtype}; expected a floating-point dtype")
     if isinstance(weight, VQArray | Packed):
-        array = unpack(weight)
-        floats = {field: value for field in FLOATS if (value := getattr(array, field)) is not None}
-        return dataclasses.replace(array, **{field: value.astype(dtype) for field, value in floats.items()})
+        return unpack(weight).astype(dtype)
     if not isinstance(weight, nnx.Module):
         return _in_holder(weight, "a VQArray, a Packed or a module", lambda module: trainable(module, dtype))
     found = {}
@@ -199,7 +198,7 @@ def _below(path: str, name: str) -> str:
 
 
 def _packed(weights: list[VQArray], dtype: Any, donate: bool) -> list[Packed]:
-    order = choose_order([weight.layout for weight in weights])
+    order = choose_order([weight.format for weight in weights])
     packed = []
     for weight in weights:
         packed.append(pack_array(weight, order, dtype=dtype))

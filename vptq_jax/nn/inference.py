@@ -55,6 +55,6 @@ def _packed(module: Model, donate: bool) -> Model:
     for layer in quantized(twin).values():
         if layer.order is None and not layer.stacked:
             dispatch.warn_fallback(
-                "a quantized layer", f"its vectors have {layer.layout.vector_len} components", "choose at most 16"
+                "a quantized layer", f"its vectors have {layer.format.vector_len} components", "choose at most 16"
             )
     return twin

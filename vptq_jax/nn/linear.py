@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vptq_jax.array import VQArray
+from vptq_jax.format import FLOATS, INTEGERS
 from vptq_jax.pallas.vq_matmul import RMS, Packed, unpack, vq_matmul, vq_matmuls
 from vptq_jax.pallas.vq_matmul.packed import PACKED_FIELDS, Order
 
@@ -52,10 +53,6 @@ class PackedPart(nnx.Variable):
     """A part of a weight in kernel order: not trainable."""
 
 
-INTEGERS = ("indices", "outlier_indices", "perm")
-FLOATS = ("codebook", "res_codebook", "outlier_codebook", "scale", "offset")
-
-
 class VQLinear(nnx.Module):
     """`y = vq_matmul(x, weight) + bias`, for life with the weight that it was made of.
 
@@ -80,7 +77,7 @@ class VQLinear(nnx.Module):
         *,
         stored: Mapping[str, str] | None = None,
     ):
-        self.layout = weight.layout
+        self.format = weight.format
         self.order = weight.order if isinstance(weight, Packed) else None
         self.stored = tuple(sorted((stored or {}).items()))
         for field, kind in _kinds(self.order).items():
@@ -105,8 +102,8 @@ class VQLinear(nnx.Module):
         parts = {field: getattr(self, field) for field in _kinds(self.order)}
         values: dict[str, Any] = {field: None if part is None else part.get_value() for field, part in parts.items()}
         if self.order is None:
-            return VQArray(**values, layout=self.layout)
-        return Packed(**values, layout=self.layout, order=self.order)
+            return VQArray(**values, format=self.format)
+        return Packed(**values, format=self.format, order=self.order)
 
     @property
     def array(self) -> VQArray:
@@ -125,7 +122,7 @@ class VQLinear(nnx.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        return self.layout.out_features, self.layout.in_features
+        return self.format.out_features, self.format.in_features
 
 
 def _kinds(order: Order | None) -> dict[str, type[nnx.Variable]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float
 
 from vptq_jax.array import VQArray
 from vptq_jax.extras import progress_bar
+from vptq_jax.format import Format
 from vptq_jax.nn.einsum import VQEinsum
 from vptq_jax.nn.hessians import Hessians
 from vptq_jax.nn.linear import Linear, VQLinear
@@ -100,7 +100,7 @@ def plan(
 def unfit(path: str, shape: tuple[int, ...], spec: VQSpec) -> list[str]:
     """A line about a spec that does not fit a layer of a shape; nothing where it does."""
     try:
-        check_centroids(spec.layout(*shape[-2:]))
+        check_centroids(Format.of(spec, shape[-2:]))
     except ValueError as error:
         return [f"  {path} {list(shape)} with spec {spec}: {error}"]
     return []
@@ -132,7 +132,7 @@ def _quantized(
         seen = metric if np.trace(metric) > 0 else np.eye(len(metric), dtype=np.float32)
         found.append(quantize_operator(f"{path}[{index}]", part, jnp.asarray(seen), spec, config))
     stats = {name: float(np.mean([each[name] for _, each in found])) for name in ("error", "damping", "dead_columns")}
-    return _stacked([array for array, _ in found]), stats
+    return VQArray.stack([array for array, _ in found]), stats
 
 
 def quantize_operator(
@@ -147,18 +147,8 @@ def quantize_operator(
     Raises:
         ValueError: see `quantize_weight`; or the stored form is not finite.
     """
-    array, stats = quantize_weight(
-        weight,
-        hessian,
-        spec,
-        key=operator_key(config.seed, path),
-        kmeans_iters=config.kmeans_iters,
-        samples_per_centroid=config.samples_per_centroid,
-        rounds=config.rounds,
-        tolerance=config.tolerance,
-        damping=config.damping,
-        name=path,
-    )
+    key = operator_key(config.seed, path)
+    array, stats = quantize_weight(weight, hessian, spec, key=key, options=config, name=path)
     array, error, wide = store(array, jnp.asarray(weight), hessian, stats["error"])
     check_finite(array, {"error": error}, path)
     return array, stats | {"error": error} | ({"wide": wide} if wide else {})
@@ -171,24 +161,14 @@ def operator_key(seed: int, path: str) -> Array:
 
 
 def _row(path: str, spec: VQSpec, shape: tuple[int, ...], array: VQArray) -> dict[str, Any]:
-    layout = spec.layout(shape[-2], shape[-1])
     return {
         "path": path,
         "spec": str(spec),
         "out_features": shape[-2],
         "in_features": shape[-1],
-        "bits_nominal": layout.nominal_bits,
-        "bits_total": 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(array)) / math.prod(shape),
+        "bits_nominal": array.format.nominal_bits,
+        "bits_total": array.bits_per_weight,
     }
-
-
-def _stacked(arrays: list[VQArray]) -> VQArray:
-    """One array with a leading axis; a part that is wide in one matrix is wide in all."""
-
-    def stack(*parts: Array) -> Array:
-        return jnp.stack([part.astype(jnp.result_type(*parts)) for part in parts])
-
-    return jax.tree.map(stack, *arrays)
 
 
 def _layer(dense: Any, weight: VQArray) -> VQLinear:

@@ -29,7 +29,7 @@ def column_pass(
         W: W^T in slots.
         U: upper triangular, H^-1 = U^T U; identity in empty slots.
         codes: one per segment; only the codebooks are read.
-        segments: the layout of the slots.
+        segments: the format of the slots.
 
     Returns:
         (codes with new indices, compensated column minus its quantized value in every slot: what a residual

@@ -15,9 +15,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from vptq_jax.format import Format
 from vptq_jax.pallas.nearest_centroid import nearest_centroid
 from vptq_jax.quantization.linalg import dot
-from vptq_jax.spec import VQLayout
 
 BLOCK = 128
 _PARTS = 32  # Parts of the main codebook that each offer a candidate for a pair ...
@@ -83,26 +83,26 @@ class Segment:
         return vectors.reshape(*vectors.shape[:-2], -1)[..., : self.rows]
 
 
-def arrange(layout: VQLayout) -> tuple[tuple[Segment, ...], np.ndarray]:
-    """The segments of a layout, and the permuted column in each slot (-1: empty)."""
+def arrange(format: Format) -> tuple[tuple[Segment, ...], np.ndarray]:
+    """The segments of a format, and the permuted column in each slot (-1: empty)."""
 
     def padded(size: int) -> int:
         return -(-size // BLOCK) * BLOCK if size > BLOCK else size
 
     segments: list[Segment] = []
-    if layout.outlier_size:
+    if format.outlier_size:
         segments.append(
             Segment(
-                0, layout.outlier_size, padded(layout.outlier_size), layout.out_features,
-                layout.outlier_vector_len, layout.num_outlier_centroids, 0, 1,
+                0, format.outlier_size, padded(format.outlier_size), format.out_features,
+                format.outlier_vector_len, format.num_outlier_centroids, 0, 1,
             )
         )  # fmt: skip
-    size = layout.num_groups * layout.group_size
+    size = format.num_groups * format.group_size
     start = segments[0].slots if segments else 0
     segments.append(
         Segment(
-            start, size, padded(size), layout.out_features,
-            layout.vector_len, layout.num_centroids, layout.num_res_centroids, layout.num_groups,
+            start, size, padded(size), format.out_features,
+            format.vector_len, format.num_centroids, format.num_res_centroids, format.num_groups,
         )
     )  # fmt: skip
     columns = np.full(start + segments[-1].slots, -1)

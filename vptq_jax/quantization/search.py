@@ -14,12 +14,13 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from vptq_jax.array import VQArray
+from vptq_jax.format import FLOATS, Format
 from vptq_jax.quantization.column_pass import column_pass
 from vptq_jax.quantization.columns import Codes, Segment, arrange, assign_columns, decode_all
 from vptq_jax.quantization.kmeans import importance_sample, kmeans
 from vptq_jax.quantization.linalg import check_hessian, inverse_factor, proxy_loss, regularize
 from vptq_jax.quantization.refine import refine
-from vptq_jax.spec import VQLayout, VQSpec, check_search_options
+from vptq_jax.spec import DEFAULTS, SearchOptions, VQSpec
 
 _SMALLEST_SCALE = 1e-6  # Of the largest weight: constant columns keep a scale that can be divided by.
 _SMALLEST_SAMPLE = 1 << 16  # Vectors that k-means may train on in any case: cheap, and small codebooks gain.
@@ -59,11 +60,7 @@ def quantize_weight(
     spec: VQSpec | str,
     *,
     key: Array,
-    kmeans_iters: int = 50,
-    samples_per_centroid: int = 64,
-    rounds: int = 2,
-    tolerance: float = 1e-3,
-    damping: float = 0.01,
+    options: SearchOptions = DEFAULTS,
     name: str = "weight",
 ) -> tuple[VQArray, dict[str, Any]]:
     """Quantizes one weight matrix with VPTQ in the exact metric of its Hessian.
@@ -74,11 +71,7 @@ def quantize_weight(
             regularized here.
         spec: the format.
         key: PRNG key; the result is a function of it and the other arguments alone.
-        kmeans_iters: Lloyd iterations at most, for each codebook.
-        samples_per_centroid: k-means trains on at most this many vectors per centroid, or on 65536 if that is more.
-        rounds: refinement rounds after the column pass; 0 is the paper's algorithm.
-        tolerance: a refinement round that gains less than this share of the loss is the last.
-        damping: added to the Hessian's diagonal, as a share of the mean diagonal.
+        options: of the search.
         name: the weight's name in error messages.
 
     Returns:
@@ -92,27 +85,8 @@ def quantize_weight(
             shape, or a codebook would have more centroids than there are vectors to describe.
     """
     spec = VQSpec.parse(spec)
-    check_search_options(
-        kmeans_iters=kmeans_iters,
-        samples_per_centroid=samples_per_centroid,
-        rounds=rounds,
-        tolerance=tolerance,
-        damping=damping,
-    )
-    layout = _checked_layout(W, H, spec, name)
-    array, found = search(
-        jnp.asarray(W),
-        jnp.asarray(H),
-        key,
-        damping,
-        tolerance,
-        layout=layout,
-        normalize=spec.normalize,
-        permute=spec.permute,
-        kmeans_iters=kmeans_iters,
-        samples_per_centroid=samples_per_centroid,
-        rounds=rounds,
-    )
+    format = _checked_format(W, H, spec, name)
+    array, found = search(jnp.asarray(W), jnp.asarray(H), key, format=format, options=_alone(options))
     stats = {stage: value.item() for stage, value in jax.device_get(found).items()}
     if not np.isfinite(stats["damping"]):
         raise ValueError(
@@ -123,23 +97,19 @@ def quantize_weight(
     return array, {k: v for k, v in stats.items() if not k.startswith("error_refine_") or k in ran}
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("layout", "normalize", "permute", "kmeans_iters", "samples_per_centroid", "rounds"),
-)
+def _alone(options: SearchOptions) -> SearchOptions:
+    """The options without what a subclass adds: less to compile anew for."""
+    return SearchOptions(**{field.name: getattr(options, field.name) for field in dataclasses.fields(SearchOptions)})
+
+
+@functools.partial(jax.jit, static_argnames=("format", "options"))
 def search(
     W: Float[Array, "out in"],
     H: Float[Array, "in in"],
     key: Array,
-    damping: float,
-    tolerance: float,
     *,
-    layout: VQLayout,
-    normalize: bool,
-    permute: bool,
-    kmeans_iters: int,
-    samples_per_centroid: int,
-    rounds: int,
+    format: Format,
+    options: SearchOptions = DEFAULTS,
 ) -> tuple[VQArray, dict[str, Array]]:
     """`quantize_weight` without its checks, as one traceable function: `jax.vmap` quantizes equal shapes at once.
 
@@ -148,8 +118,8 @@ def search(
     """
     W, unit = to_unit(_live(W, H))
     H, _ = to_unit(H)
-    segments, slot_columns = arrange(layout)
-    problem = prepare(W, H, damping, slot_columns, normalize=normalize, permute=permute)
+    segments, slot_columns = arrange(format)
+    problem = prepare(W, H, options.damping, slot_columns, normalize=format.normalize, permute=format.permute)
     factorized = jnp.isfinite(problem.U).all()
     stats = {
         "damping": jnp.where(factorized, problem.damping, jnp.nan),
@@ -159,18 +129,18 @@ def search(
     def error(codes: tuple[Codes, ...]) -> Float[Array, ""]:
         return _relative_error(W, H, problem, codes, segments, slot_columns)
 
-    codes = initial_codebooks(problem, segments, key, kmeans_iters, samples_per_centroid)
+    codes = initial_codebooks(problem, segments, key, options)
     stats["error_kmeans"] = error(assign(problem.W, codes, segments))
     codes, errors = column_pass(problem.W, problem.U, codes, segments)
     stats["error_pass"] = error(codes)
-    if layout.num_res_centroids:
-        codes = residual_codebook(problem, errors, codes, segments, key, kmeans_iters, samples_per_centroid)
+    if format.num_res_centroids:
+        codes = residual_codebook(problem, errors, codes, segments, key, options)
         codes, _ = column_pass(problem.W, problem.U, codes, segments)
         stats["error_residual"] = error(codes)
-    codes, stats["rounds"], refined = _refine(problem, codes, segments, rounds, tolerance, error)
-    stats |= {f"error_refine_{i + 1}": refined[i] for i in range(rounds)}
+    codes, stats["rounds"], refined = _refine(problem, codes, segments, options.rounds, options.tolerance, error)
+    stats |= {f"error_refine_{i + 1}": refined[i] for i in range(options.rounds)}
     stats["error"] = error(codes)
-    array = pack(problem, codes, segments, layout, normalize=normalize, permute=permute)
+    array = pack(problem, codes, segments, format)
     return _scaled(array, unit), stats
 
 
@@ -203,13 +173,9 @@ def _scaled(array: VQArray, factor: Float[Array, ""]) -> VQArray:
 
 def check_finite(array: VQArray, stats: Mapping[str, float], name: str) -> None:
     """Raises ValueError if a number of a result is not finite."""
-    parts = {f.name: getattr(array, f.name) for f in dataclasses.fields(array) if f.name != "layout"}
+    parts = {field: getattr(array, field) for field in FLOATS}
     wrong = [stage for stage, value in stats.items() if not np.isfinite(value)]
-    wrong += [
-        field
-        for field, part in parts.items()
-        if part is not None and jnp.issubdtype(part.dtype, jnp.floating) and not bool(jnp.isfinite(part).all())
-    ]
+    wrong += [field for field, part in parts.items() if part is not None and not bool(jnp.isfinite(part).all())]
     if wrong:
         raise ValueError(
             f"{name}: quantizing gave values that are NaN or infinite ({', '.join(wrong)}); its weights or its Hessian "
@@ -234,7 +200,7 @@ def store(
     Returns:
         (the stored form, its relative proxy error, names of the tensors that stay in float32).
     """
-    floats = [name for name in _FLOATS if getattr(array, name) is not None]
+    floats = [name for name in FLOATS if getattr(array, name) is not None]
 
     def rounded(wide: list[str]) -> VQArray:
         narrow = {name: getattr(array, name).astype(jnp.float16) for name in floats if name not in wide}
@@ -250,7 +216,6 @@ def store(
     return stored, found, wide
 
 
-_FLOATS = ("codebook", "res_codebook", "outlier_codebook", "scale", "offset")
 _ROUNDING, _NEGLIGIBLE = 1.01, 1e-6
 
 
@@ -298,7 +263,7 @@ def _refine(
     return state[1], jnp.maximum(state[0] - 1, 0), state[4]
 
 
-def _checked_layout(W: Array, H: Array, spec: VQSpec, name: str) -> VQLayout:
+def _checked_format(W: Array, H: Array, spec: VQSpec, name: str) -> Format:
     if W.ndim != 2:
         raise ValueError(f"{name}: the weight has shape {tuple(W.shape)}; expected [out_features, in_features]")
     if not jnp.issubdtype(W.dtype, jnp.floating):
@@ -308,19 +273,19 @@ def _checked_layout(W: Array, H: Array, spec: VQSpec, name: str) -> VQLayout:
     if not bool(jnp.isfinite(W).all()):
         raise ValueError(f"{name}: the weight holds NaN or infinite values")
     try:
-        layout = spec.layout(out_features, in_features)
-        check_centroids(layout)
+        format = Format.of(spec, (out_features, in_features))
+        check_centroids(format)
     except ValueError as error:
         raise ValueError(f"{name} with spec {spec}: {error}") from None
-    return layout
+    return format
 
 
-def check_centroids(layout: VQLayout) -> None:
+def check_centroids(format: Format) -> None:
     """Raises ValueError if a codebook has more centroids than there are vectors for it.
 
     Such a codebook would take more bytes than the weights it describes; a smaller one is never worse.
     """
-    for segment in arrange(layout)[0]:
+    for segment in arrange(format)[0]:
         vectors = segment.group_size * segment.num_vectors
         for what, count in (("", segment.num_centroids), ("residual ", segment.num_res_centroids)):
             if count > vectors:
@@ -393,14 +358,14 @@ def normalization(W: Float[Array, "out in"]) -> tuple[Float[Array, " in"], Float
 
 
 def initial_codebooks(
-    problem: Problem, segments: tuple[Segment, ...], key: Array, iterations: int, samples_per_centroid: int
+    problem: Problem, segments: tuple[Segment, ...], key: Array, options: SearchOptions
 ) -> tuple[Codes, ...]:
     """Main codebooks of every segment by weighted k-means over its vectors; no indices yet."""
     return tuple(
         Codes(
             codebook=train_codebooks(
                 problem.W, problem.importance, jax.random.fold_in(key, i), segment,
-                segment.num_centroids, iterations, samples_per_centroid,
+                segment.num_centroids, options,
             ),
             res_codebook=None,
             index=jnp.zeros((segment.slots, segment.num_vectors), jnp.int32),
@@ -416,14 +381,13 @@ def residual_codebook(
     codes: tuple[Codes, ...],
     segments: tuple[Segment, ...],
     key: Array,
-    iterations: int,
-    samples_per_centroid: int,
+    options: SearchOptions,
 ) -> tuple[Codes, ...]:
     """Adds residual codebooks to the main segment, trained on what the column pass left over."""
     segment = segments[-1]
     res_codebook = train_codebooks(
         errors, problem.importance, jax.random.fold_in(key, len(segments)), segment,
-        segment.num_res_centroids, iterations, samples_per_centroid,
+        segment.num_res_centroids, options,
     )  # fmt: skip
     return (*codes[:-1], dataclasses.replace(codes[-1], res_codebook=res_codebook))
 
@@ -434,8 +398,7 @@ def train_codebooks(
     key: Array,
     segment: Segment,
     count: int,
-    iterations: int,
-    samples_per_centroid: int,
+    options: SearchOptions,
 ) -> Float[Array, "G k v"]:
     """One weighted k-means for each group of a segment, on a bounded random sample of its vectors."""
     columns = columns[segment.start : segment.start + segment.size]
@@ -444,7 +407,7 @@ def train_codebooks(
     vectors = segment.split(columns)[:, :whole].reshape(segment.num_groups, -1, segment.vector_len)
     weights = importance[segment.start : segment.start + segment.size]
     weights = jnp.repeat(weights, whole).reshape(segment.num_groups, -1)
-    wanted = min(vectors.shape[1], max(count * samples_per_centroid, _SMALLEST_SAMPLE))
+    wanted = min(vectors.shape[1], max(count * options.samples_per_centroid, _SMALLEST_SAMPLE))
 
     def train(group: tuple[Array, Array, Array]) -> Array:
         vectors, weights, key = group
@@ -452,7 +415,7 @@ def train_codebooks(
         if wanted < vectors.shape[0]:
             sample, weights = importance_sample(weights, wanted, sample_key)
             vectors = vectors[sample]
-        return kmeans(vectors, weights, num_centroids=count, iterations=iterations, key=start_key)[0]
+        return kmeans(vectors, weights, num_centroids=count, iterations=options.kmeans_iters, key=start_key)[0]
 
     return lax.map(train, (vectors, weights, jax.random.split(key, segment.num_groups)))
 
@@ -469,10 +432,7 @@ def pack(
     problem: Problem,
     codes: tuple[Codes, ...],
     segments: tuple[Segment, ...],
-    layout: VQLayout,
-    *,
-    normalize: bool,
-    permute: bool,
+    format: Format,
 ) -> VQArray:
     """The codes in stored form."""
     main, segment = codes[-1], segments[-1]
@@ -483,16 +443,16 @@ def pack(
 
     outliers = codes[0] if len(codes) > 1 else None
     return VQArray.from_indices(
-        layout,
+        format,
         grouped(main.index),
         None if main.res_index is None else grouped(main.res_index),
         main.codebook,
         main.res_codebook,
         outlier_indices=None if outliers is None else outliers.index[: segments[0].size].T,
         outlier_codebook=None if outliers is None else outliers.codebook[0],
-        scale=problem.scale if normalize else None,
-        offset=problem.offset if normalize else None,
-        perm=problem.perm if permute else None,
+        scale=problem.scale if format.normalize else None,
+        offset=problem.offset if format.normalize else None,
+        perm=problem.perm if format.permute else None,
     )
 
 
