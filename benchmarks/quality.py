@@ -165,9 +165,8 @@ def main() -> None:
     options = parser.parse_args()
 
     model = vq.load(options.model)
-    calibration = data.batches(
-        data.windows(data.tokenize(model.tokenizer, options.calibration.read_text()), 512, 64), batch_size=8
-    )
+    text = data.tokenize(model.tokenizer, options.calibration.read_text())
+    calibration = data.batches(data.windows(text, 512, 64, first=model.config.first_token), batch_size=8)
     tokens = data.tokenize(model.tokenizer, options.evaluation.read_text())
     extra = {name: json.loads(value) for name, value in (item.split("=") for item in options.set)}
     wanted = (

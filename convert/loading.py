@@ -6,12 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from jax.sharding import Mesh
+
 from vptq_jax.convert.source import check_dtype
 from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.streamed import StreamedModel
+from vptq_jax.meshes import check_axis
 from vptq_jax.nn.forms import cast
 from vptq_jax.nn.forms import trainable as make_trainable
 from vptq_jax.nn.inference import inference_form
+from vptq_jax.nn.placement import place
 
 Kind = Literal["orbax", "hf", "hf-vptq", "gguf"]
 
@@ -52,7 +56,13 @@ def recognize(path_or_id: str | Path) -> tuple[Kind, Path]:
 
 
 def load(
-    path_or_id: str | Path, *, dtype: Any = None, trainable: bool = False, progress: bool = False
+    path_or_id: str | Path,
+    *,
+    dtype: Any = None,
+    trainable: bool = False,
+    mesh: Mesh | None = None,
+    axis: str | None = None,
+    progress: bool = False,
 ) -> LanguageModel:
     """A model from any kind of checkpoint, its quantized layers packed where kernels run.
 
@@ -63,15 +73,22 @@ def load(
             always keep theirs.
         trainable: leave quantized layers in the form that can be trained, with codebooks in float32
             (`nn.forms.trainable`).
+        mesh, axis: where the arrays go, see `nn.placement.place`; None: the default device.
         progress: show a bar where weights are read one by one.
 
     Raises:
         FileNotFoundError: nothing there, or nothing that is recognised.
         NotImplementedError: a format, architecture or quantization that is not supported.
-        ValueError: a damaged checkpoint, every fault named; or a dtype that no parameter can have.
+        ValueError: a damaged checkpoint, every fault named; a dtype that no parameter can have; an axis without a mesh,
+            that the mesh does not have, or among whose devices layers do not divide.
     """
+    if mesh is not None:
+        check_axis(mesh, axis)
+    elif axis is not None:
+        raise ValueError(f"axis is {axis!r}, but there is no mesh; give the mesh that has it")
     lm = _load(path_or_id, dtype, progress)
-    module = make_trainable(lm.module) if trainable else inference_form(lm.module, donate=True)
+    module = lm.module if mesh is None else place(lm.module, mesh, axis)
+    module = make_trainable(module) if trainable else inference_form(module, donate=True)
     return dataclasses.replace(lm, module=module)
 
 

@@ -30,7 +30,8 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
     evaluation = data.tokenize(model.tokenizer, data.load_text(options.text, "evaluation"))
 
     # Keep the Hessians (`hessians.save(directory)`) and many specs can be tried on one calibration.
-    hessians = vq.collect_hessians(model, data.batches(data.windows(calibration, options.length, options.samples)))
+    windows = data.windows(calibration, options.length, options.samples, first=model.config.first_token)
+    hessians = vq.collect_hessians(model, data.batches(windows))
 
     # Rules give layers another spec by their path, or none at all; the first match wins.
     config = vq.QuantConfig(options.spec, rules=[(r"layers\.0\.mlp\.down_proj", None)])

@@ -19,6 +19,7 @@ from vptq_jax.convert.hf import load_hf
 from vptq_jax.convert.vptq_format import load_vptq
 from vptq_jax.lm.arch import ARCHITECTURES, SAME_INPUT
 from vptq_jax.lm.config import ModelConfig
+from vptq_jax.lm.evaluation import perplexity
 from vptq_jax.lm.hessians import collect_hessians
 from vptq_jax.lm.params import AbstractSource
 from vptq_jax.lm.quantizer import quantize
@@ -159,3 +160,12 @@ def test_kernels_get_the_same_inputs(model_type, launches):
     # Kernels round activations to bfloat16.
     error = np.linalg.norm(logits - expected[:, -1]) / np.linalg.norm(expected[:, -1])
     assert error < 0.1
+
+
+def test_gemma_is_measured_behind_its_first_token():
+    model = jax_model(torch_model("gemma3_text", **options("gemma3_text")))
+    tokens, first = np.arange(40) % 30, model.config.first_token
+    assert first == model.config.bos_token_id == 2
+    rows = np.array([[first, *tokens[at : at + 7]] for at in range(0, 35, 7)])
+    expected = -jax.nn.log_softmax(model(rows)[:, :-1])[np.arange(5)[:, None], np.arange(7), rows[:, 1:]].mean()
+    assert perplexity(model, tokens, context=8).value == pytest.approx(np.exp(expected), rel=1e-5)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from vptq_jax import cli
+from vptq_jax.lm.sampling import Sampling
+from vptq_jax.spec import SearchOptions
 
 COMMANDS = ("quickstart", "quantize", "generate", "chat", "eval", "convert", "inspect", "bench")
 SPEC = "v2-k64"
@@ -447,12 +451,24 @@ def test_prompts_and_settings_out_of_range(run, quantized):
     for arguments, message in {
         ("",): "the prompt is empty",
         ("the fox " * 300,): "prompt 0 has",
-        ("fox", "--max-new-tokens", "0"): "--max-new-tokens is 0; expected at least 1",
         ("fox", "--temperature", "-1"): "temperature is -1.0",
         ("fox", "--top-p", "2"): "top_p is 2.0",
     }.items():
         assert message in failure(run("generate", quantized, *arguments))
     assert "the message is empty" in failure(run("chat", quantized, "--message", " "))
+    wrong = run("generate", quantized, "fox", "--max-new-tokens", "0")
+    assert wrong.code == 2
+    assert "--max-new-tokens" in wrong.err
+
+
+def test_options_come_from_the_structs_that_hold_them(run, tiny_hf, tmp_path):
+    message = failure(run("quantize", tiny_hf, tmp_path / "out", "--kmeans-iters", "0"))
+    assert "kmeans_iters is 0; expected a whole number of at least 1" in message
+    for command, struct in (("quantize", SearchOptions), ("generate", Sampling), ("chat", Sampling)):
+        shown = run(command, "--help").out
+        for field in dataclasses.fields(struct):
+            assert f"--{field.name.replace('_', '-')}" in shown
+    assert "refinement" in run("quantize", "--help").out  # from the docstring of SearchOptions
 
 
 def test_model_of_a_newer_version(run, quantized, tmp_path):

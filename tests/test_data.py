@@ -117,6 +117,16 @@ def test_windows_are_the_text_in_order(length, total, count):
     np.testing.assert_array_equal(result.ravel(), np.arange(result.size))
 
 
+def test_windows_with_a_first_token():
+    found = data.windows(np.arange(10), 4, first=99)
+    np.testing.assert_array_equal(found, [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]])
+    assert found.dtype == np.int32
+    with pytest.raises(ValueError, match="window length is 1; expected at least 2, one of them the first token"):
+        data.windows(np.arange(10), 1, first=99)
+    with pytest.raises(ValueError, match="the text has 3 tokens, fewer than one window of 4"):
+        data.windows(np.arange(3), 5, first=99)
+
+
 def test_windows_of_an_empty_text():
     with pytest.raises(ValueError, match="0 tokens, fewer than one window of 8"):
         data.windows(np.asarray([]), 8)

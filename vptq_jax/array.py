@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt
 
 from vptq_jax.format import FLOATS, INTEGERS, Format
@@ -173,6 +174,30 @@ class VQArray:
     def bits_per_weight(self) -> float:
         """`stored_bits` over the number of weights."""
         return self.stored_bits / self.size
+
+    def partition_specs(self, axis: str | None, *, dim: int = 0) -> VQArray:
+        """A `PartitionSpec` in place of every array, for `jax.device_put` or a checkpoint.
+
+        Args:
+            axis: of a mesh, among whose devices the vectors of a column are divided (output features); codebooks,
+                scales and permutation are on each of them. None: everything is.
+            dim: of the weight, 0.
+
+        Raises:
+            NotImplementedError: dim is 1: a 32-bit word holds the indices of several input columns, and a device's
+                share of the columns neither begins nor ends with a word.
+        """
+        if dim != 0:
+            raise NotImplementedError(
+                f"dim is {dim}; expected 0, the output features: packed words hold the indices of several input "
+                "columns each, so that a device's share of the columns neither begins nor ends with a word"
+            )
+        divided = {"indices": PartitionSpec(None, axis), "outlier_indices": PartitionSpec(axis)}
+        fields = {field: getattr(self, field) for field in (*INTEGERS, *FLOATS)}
+        specs: dict[str, Any] = {
+            field: None if value is None else divided.get(field, PartitionSpec()) for field, value in fields.items()
+        }
+        return dataclasses.replace(self, **specs)
 
     def unpack(self) -> tuple[UInt[Array, "G n gs"], UInt[Array, "G n gs"] | None]:
         """Main and residual indices, uint32 [G, num_vectors, group_size]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -172,6 +172,16 @@ class Format:
             "offset": scale,
             "perm": columns if self.permute else None,
         }
+
+    def division_problems(self, devices: int) -> Iterator[str]:
+        """Why the vectors of a column cannot be divided among devices, and what would; nothing if they can."""
+        for what, count in (("", self.num_vectors), ("outlier ", self.num_outlier_vectors)):
+            if count % devices:
+                fitting = [n for n in range(1, 2 * devices) if not count % n]
+                yield (
+                    f"{count} {what}vectors a column do not divide among {devices} devices; "
+                    f"{', '.join(map(str, fitting))} would, or another vector length"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """As files have it; `from_json` reads it."""

@@ -10,9 +10,11 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from vptq_jax.array import VQArray
+from vptq_jax.meshes import automatic, spec_of
 from vptq_jax.pallas import dispatch
 from vptq_jax.pallas.vq_matmul import mosaic, packed, reference, xla
 from vptq_jax.pallas.vq_matmul.norm import RMS
@@ -126,9 +128,15 @@ def _why_not_mosaic(x: Array, weight: Weight, rows: int, ahead: bool = False) ->
 def _portable(
     product: Callable[..., Array], x: Array, norm: RMS | None, weights: Sequence[Weight], out_dtype: np.dtype
 ) -> tuple[Array, ...]:
-    x = x if norm is None else norm(x)
-    in_checkpoint_order = (packed.unpack(weight) if isinstance(weight, Packed) else weight for weight in weights)
-    return tuple(product(x, weight, out_dtype=out_dtype) for weight in in_checkpoint_order)
+    def one(x: Array, norm: RMS | None, weight: VQArray) -> Array:
+        return product(x if norm is None else norm(x), weight, out_dtype=out_dtype)
+
+    products = []
+    for weight in weights:
+        array = packed.unpack(weight) if isinstance(weight, Packed) else weight
+        out_spec = PartitionSpec(*spec_of(x)[:-1], spec_of(array.indices)[-2])
+        products.append(automatic(one, out_spec, x, norm, array))
+    return tuple(products)
 
 
 def _matmuls(x: Array, weights: Sequence[Packed], norm: RMS | None, out_dtype: np.dtype) -> tuple[Array, ...]:

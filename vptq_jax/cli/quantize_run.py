@@ -109,7 +109,7 @@ def _calibration(
     if length > model.config.context_length:
         raise ValueError(f"--length is {length}; the model reads at most {model.config.context_length} tokens")
     tokens = data.tokenize(common.tokenizer_of(model, name), data.load_text(windows.text, "calibration"))
-    rows = data.windows(tokens, length, windows.samples)
+    rows = data.windows(tokens, length, windows.samples, first=model.config.first_token)
     common.log.print(f"Calibrating on {len(rows)} windows of {length} tokens from {windows.text}", highlight=False)
     batches = data.batches(rows, windows.batch_size)
     if save_hessians is None:

@@ -52,6 +52,7 @@ class Architecture:
         qkv_bias: q, k and v always have a bias.
         bias_keys: which of `attention_bias` (q, k, v and o) and `mlp_bias` a config.json has.
         activation, activation_key: of the gate, and where a config.json names it.
+        bos_first: texts begin with the BOS token, without which the model is at a loss.
         scaled_embedding: embeddings are multiplied by the square root of the hidden size.
         soft_cap: a config.json may have `final_logit_softcapping`.
         query_pre_attn_scalar: queries are divided by the square root of this and not of `head_dim`; the default of a
@@ -82,6 +83,7 @@ class Architecture:
     bias_keys: tuple[str, ...] = ()
     activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
     activation_key: str = "hidden_act"
+    bos_first: bool = False
     scaled_embedding: bool = False
     soft_cap: bool = False
     query_pre_attn_scalar: int | None = None
@@ -159,6 +161,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         bias_keys=("attention_bias",),
         activation="gelu_pytorch_tanh",
         activation_key="hidden_activation",
+        bos_first=True,
         scaled_embedding=True,
         soft_cap=True,
         query_pre_attn_scalar=256,

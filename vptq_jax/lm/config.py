@@ -155,6 +155,11 @@ class ModelConfig:
         """What all models of this type have in common."""
         return ARCHITECTURES[self.model_type]
 
+    @property
+    def first_token(self) -> int | None:
+        """The token that every text has to begin with, windows of a longer one included; None: no special one."""
+        return self.bos_token_id if self.architecture.bos_first else None
+
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer, None where it sees everything."""
         return None if layer in self.full_attention_layers else self.sliding_window

@@ -142,13 +142,16 @@ def tokenize(tokenizer: Any, text: str) -> Int[np.ndarray, "tokens"]:
     return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
 
-def windows(tokens: Int[np.ndarray, "tokens"], length: int, count: int | None = None) -> Int[np.ndarray, "n length"]:
+def windows(
+    tokens: Int[np.ndarray, "tokens"], length: int, count: int | None = None, *, first: int | None = None
+) -> Int[np.ndarray, "n length"]:
     """Consecutive non-overlapping windows; what does not fill a window is left out.
 
     Args:
         tokens: integers [T].
         length: tokens of a window.
         count: at most this many windows, from the start; None for all.
+        first: a token that begins every window, before `length - 1` tokens of the text (`ModelConfig.first_token`).
 
     Returns:
         int32 [n, length], n at least 1.
@@ -163,6 +166,11 @@ def windows(tokens: Int[np.ndarray, "tokens"], length: int, count: int | None = 
         raise ValueError(f"tokens have dtype {tokens.dtype}; expected integers")
     if length < 1 or (count is not None and count < 1):
         raise ValueError(f"window length is {length} and count is {count}; expected at least 1 of each")
+    if first is not None:
+        if length < 2:
+            raise ValueError(f"window length is {length}; expected at least 2, one of them the first token")
+        rest = windows(tokens, length - 1, count)
+        return np.concatenate([np.full((len(rest), 1), first, np.int32), rest], axis=1)
     if len(tokens) < length:
         raise ValueError(
             f"the text has {len(tokens)} tokens, fewer than one window of {length}; "

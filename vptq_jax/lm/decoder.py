@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from vptq_jax.lm.arch import Norms
@@ -23,6 +24,7 @@ from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.norm import RMSNorm, make_norm
 from vptq_jax.lm.params import ParamSource
 from vptq_jax.lm.rope import Rotary, rotary
+from vptq_jax.meshes import automatic, spec_of
 from vptq_jax.nn.linear import Linear, Unnormalized, VQLinear, project
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -145,6 +147,11 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: tokens is not an integer [B, T], or holds an id outside the vocabulary.
         """
+        check_tokens(tokens, self.config.vocab_size)
+        tokens = jnp.asarray(tokens)
+        return automatic(Decoder._logits, PartitionSpec(*spec_of(tokens), None), self, tokens)
+
+    def _logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         return self.head(self.hidden(tokens))
 
     def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T hidden"]:

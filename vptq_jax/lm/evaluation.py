@@ -50,7 +50,8 @@ def perplexity(
     """Perplexity over consecutive non-overlapping windows, each scored alone.
 
     The protocol of GPTQ (arXiv 2210.17323): the first token of a window is given, the other
-    `context - 1` are targets; what does not fill a window is left out.
+    `context - 1` are targets; what does not fill a window is left out. Where a model has a `first_token`, it is the
+    one that is given.
 
     Args:
         model: plain or quantized.
@@ -68,7 +69,7 @@ def perplexity(
     limit = module.config.context_length
     if not 2 <= context <= limit:
         raise ValueError(f"context is {context}; expected 2 to {limit} tokens, as long as the model can read")
-    windows = data.windows(tokens, context, max_windows)
+    windows = data.windows(tokens, context, max_windows, first=module.config.first_token)
     check_tokens(windows, module.config.vocab_size, "text")
     batches = list(_split(data.batches(windows, batch_size)))
 
