@@ -46,8 +46,7 @@ def tune(spec: str, shape: tuple[int, int], rows: int) -> list[tuple[float, Conf
         configs = [Config(blocks, *values) for values in sweep]
     else:
         sweep = itertools.product((1, 2), (4, 8, 16))
-        first = [DecodeConfig(n * blocks, team=team, overlap=False) for n, team in sweep]
-        configs = [*first, DecodeConfig(blocks, overlap=True)]
+        configs = [DecodeConfig(n * blocks, team=team) for n, team in sweep]
     found = []
     for config in configs:
         run = bench.product_of_each(lambda x, w, config=config: mosaic.matmul(x, [w], config)[0], x, weights)

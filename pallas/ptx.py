@@ -179,20 +179,6 @@ def loop(start: Int, stop: Int, carry: Sequence[ir.Value], body: Callable[[Int, 
     return list(operation.results)
 
 
-def loop_while(
-    carry: Sequence[ir.Value], condition: Callable[[list], ir.Value], body: Callable[[list], Sequence[ir.Value]]
-) -> list:
-    """`while condition(carry): carry = body(carry)`; returns the last carry."""
-    types = [value.type for value in carry]
-    operation = scf.WhileOp(types, list(carry))
-    with ir.InsertionPoint(operation.before.blocks.append(*types)):
-        values = list(operation.before.blocks[0].arguments)
-        scf.condition(condition(values), values)
-    with ir.InsertionPoint(operation.after.blocks.append(*types)):
-        scf.yield_(list(body(list(operation.after.blocks[0].arguments))))
-    return list(operation.results)
-
-
 def _asm(results: list, operands: list, text: str, constraints: str, *, pure: bool = False) -> tuple:
     values = [operand.value if isinstance(operand, Int) else operand for operand in operands]
     if not results:
@@ -269,30 +255,6 @@ def store_global(pointer: Pointer, words: Sequence[Int], *, evict_first: bool = 
         policy = ".reg .b64 p; createpolicy.fractional.L2::evict_first.b64 p,1.0;"
         text = f"{{{policy} st.global.L2::cache_hint.{kind} [${count}],{registers},p;}}"
     _asm([], [*words, pointer.value], text, ",".join(["r"] * count + ["l"]))
-
-
-def add_release(pointer: Pointer, value: int) -> None:
-    """Adds to a counter in device memory; who sees the sum sees what the thread wrote before."""
-    _asm([], [pointer.value], f"red.release.gpu.global.add.u32 [$0],{value};", "l")
-
-
-def wait_count(pointer: Pointer, value: int) -> None:
-    """Waits until a counter in device memory has reached a value; copies started later see what came before it."""
-    poll = f"ld.acquire.gpu.global.u32 v,[$0]; setp.lt.u32 p,v,{value}; @p bra poll;"
-    _asm([], [pointer.value], f"{{.reg .pred p; .reg .u32 v; poll: {poll} fence.proxy.async;}}", "l")
-
-
-def fetch_and_add(pointer: Pointer, value: int, condition: ir.Value) -> Int:
-    """Adds to a counter in device memory, if the condition holds, and gives what it was; else 0."""
-    flag = arith.extui(_i32(), condition)
-    add = f"@p atom.relaxed.gpu.global.add.u32 $0,[$1],{value};"
-    text = f"{{.reg .pred p; setp.ne.u32 p,$2,0; mov.u32 $0,0; {add}}}"
-    return Int(_asm([_i32()], [pointer.value, flag], text, "=&r,l,r")[0])
-
-
-def fence_copies() -> None:
-    """Orders what the thread wrote, to any memory, before copies of tiles that start later."""
-    _asm([], [], "fence.proxy.async;", "")
 
 
 def store_global_float(pointer: Pointer, value: ir.Value) -> None:

@@ -185,7 +185,7 @@ class _Machine:
     def barrier(self):
         pass
 
-    warp_barrier = commit_copies = fence_copies = barrier
+    warp_barrier = commit_copies = barrier
 
     def wait_copies(self, pending):
         pass
@@ -206,17 +206,6 @@ class _Machine:
         for index in range(int(start.value.max()), int(stop.value.max())):
             carry = list(body(Int(index), carry))
         return carry
-
-    def loop_while(self, carry, condition, body):
-        """Threads leave when their condition fails; the others go on without them."""
-        carry = [np.broadcast_to(value, self._mask.shape) for value in carry]
-        while (going := self._mask & condition(carry)).any():
-            with self.when(going):
-                results = body(carry)
-            carry = [np.where(going, new, old) for new, old in zip(results, carry, strict=True)]
-        return carry
-
-    # --- memory ---
 
     def _addresses(self, address, size, memory):
         places = np.broadcast_to(address.value, self._mask.shape).astype(np.int64)[self._mask]
@@ -263,19 +252,6 @@ class _Machine:
 
     def store_global_float(self, pointer, value):
         self._store(self._memory, pointer, [np.float32(value)])
-
-    def fetch_and_add(self, pointer, value, condition):
-        found = np.zeros(len(self._mask), np.uint32)
-        with self.when(condition):
-            places = np.broadcast_to(pointer.value, self._mask.shape)
-            for thread in np.flatnonzero(self._mask):
-                counter = self._memory[places[thread] :][:4].view(np.uint32)
-                found[thread] = counter[0]
-                counter += np.uint32(value)
-        return Int(found)
-
-    def add_release(self, pointer, value):
-        self.fetch_and_add(pointer, value, True)
 
     def store_shared(self, address, words):
         self._store(self._shared, address, [word.value for word in words])

@@ -32,13 +32,10 @@ class DecodeConfig(Config):
     Attributes:
         cached_entries: a codebook too large for shared memory is left to L1 by default.
         team: warps that write runs together: 4, 8 or 16 (runs of fewer may be no multiples of 16 bytes).
-        overlap: whether the weight is decoded while it is multiplied, where that is supported; by
-            default where it is faster (see `overlap.OverlapPlan`).
     """
 
     cached_entries: int = 0
     team: int = 4
-    overlap: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,16 +115,16 @@ def transposed_weight(plan: DecodePlan, operands: Operands) -> Float[Array, "in 
 
 
 class Decoder:
-    """Emits the decoding of slabs by the teams of an emitter's threads; `barrier` names that of the first team."""
+    """Emits the decoding of slabs by the teams of an emitter's threads."""
 
-    def __init__(self, plan: DecodePlan, emitter: Emitter, width: int, staging: Int, barrier: Int | int = 1):
-        self.plan, self.emitter, self.width, self.barrier = plan, emitter, width, barrier
+    def __init__(self, plan: DecodePlan, emitter: Emitter, width: int, staging: Int):
+        self.plan, self.emitter, self.width = plan, emitter, width
         self.team = emitter.warp // plan.config.team
         self.team_warp = emitter.warp % plan.config.team
         self.team_thread = (self.team_warp << 5) + emitter.lane
         self.staging = staging + self.team * plan.buffer_bytes
         lane, length = emitter.lane, plan.grid.format.vector_len
-        # Where a thread's entries of the first tile lie in the buffer: run, then output (see format._to_streams).
+        # Where a thread's entries of the first tile lie in the buffer: run, then output (see packed._to_streams).
         first_row = emitter.plane * 8 if plan.grid.planes == 2 else ((lane >> 3) & 1) * length
         run = (lane & 7) + ((lane >> 4) << 3)
         self.place = self.staging + run * plan.pitch + (self.team_warp * plan.grid.unit_rows + first_row) * 2
@@ -154,45 +151,6 @@ class Decoder:
 
         carry = unit + ([start.group] if several else [])
         ptx.loop(emitter.first, emitter.stop, [value.value for value in carry], body)
-
-    def run_claimed(self, claims: Pointer, until: int, counts: Pointer, place: Int) -> None:
-        """Decodes slabs that it claims one by one, and counts those of each row group.
-
-        It claims no more once the slabs before `until` are claimed. `place` is the address of a word of
-        shared memory.
-        """
-        total = self.plan.total
-
-        def claim(previous: Int) -> Int:
-            return ptx.fetch_and_add(claims, 1, ptx.both(self.team_thread < 1, previous < until))
-
-        def share(claimed: Int, previous: Int) -> Int:
-            with ptx.when(self.team_thread < 1):
-                ptx.store_shared(place, [claimed])
-            self._synchronize()
-            return ptx.select(previous < until, ptx.load_shared(place, 1)[0], total)
-
-        def more(carry: list) -> Any:
-            return Int(carry[0]) < total
-
-        def body(carry: list) -> list:
-            index, following, *unit = [Int(value) for value in carry]
-            claimed = claim(following)
-            loaded = self._load(Slab(self.emitter, following.minimum(total - 1)))
-            slab = Slab(self.emitter, index)
-            self._unit(slab, unit)
-            ptx.fence_copies()
-            claimed = share(claimed, following)  # All threads have written the slab, too.
-            with ptx.when(self.team_thread < 1):
-                ptx.add_release(counts.at(slab.row_group, 4), 1)
-            return [value.value for value in [following, claimed, *loaded]]
-
-        first = ptx.constant(0)
-        index = share(claim(first), first)
-        unit = self._load(Slab(self.emitter, index.minimum(total - 1)))
-        self._synchronize()
-        following = share(claim(index), index)
-        ptx.loop_while([value.value for value in [index, following, *unit]], more, body)
 
     def _load(self, slab: Slab) -> list[Int]:
         """A unit's words; then, for the thread's column of every step, its original index; then their scales."""
@@ -228,7 +186,7 @@ class Decoder:
             self._upload(row, self._target(slab, step, indices[step]))
 
     def _synchronize(self) -> None:
-        ptx.named_barrier(self.team + self.barrier, 32 * self.plan.config.team)
+        ptx.named_barrier(self.team + 1, 32 * self.plan.config.team)
 
     def _offset(self, index: Int) -> Any:
         if not self.emitter.operands.offsets:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -133,26 +133,12 @@ class _Piece:
     valid: Any
 
 
-class Crew(NamedTuple):
-    """The threads that run a plan: all of a block, or some of them.
-
-    Attributes:
-        thread: the running one's number among them.
-        threads: how many.
-        barrier: emits the wait for all of them.
-    """
-
-    thread: Int
-    threads: int
-    barrier: Callable[[], None]
-
-
 class Emitter:
     """Emits the kernel; holds what every step needs. `outputs` are partial sums and, if any, offset shares."""
 
-    def __init__(self, plan: Plan, operands: Operands, outputs: list[Pointer], shared: Int, crew: Crew | None = None):
+    def __init__(self, plan: Plan, operands: Operands, outputs: list[Pointer], shared: Int):
         self.plan, self.operands, self.outputs, self.shared = plan, operands, outputs, shared
-        self.thread, self.threads, self.barrier = crew or Crew(ptx.thread_index(), plan.warps * 32, ptx.barrier)
+        self.thread, self.threads = ptx.thread_index(), plan.warps * 32
         self.tables = list(zip(*operands.tables, strict=True))
         self.books = plan.books
         self.block = ptx.block_index()
@@ -335,7 +321,7 @@ class Emitter:
 
     def _finish_tables(self) -> None:
         ptx.wait_copies(0)
-        self.barrier()
+        ptx.barrier()
 
     def _copy_pieces(self, target: Int, source: Pointer, count: int, planes: int = 1) -> None:
         """Starts copies of 16 bytes each from places side by side; `target` is that of the thread's first."""

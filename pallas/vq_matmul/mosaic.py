@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vptq_jax.pallas import dispatch
-from vptq_jax.pallas.vq_matmul import overlap, packed
+from vptq_jax.pallas.vq_matmul import packed
 from vptq_jax.pallas.vq_matmul.dequantize import DecodeConfig, DecodePlan, transposed_weight
 from vptq_jax.pallas.vq_matmul.kernel import Operands, partial_products
 from vptq_jax.pallas.vq_matmul.norm import RMS
-from vptq_jax.pallas.vq_matmul.overlap import OverlapPlan
 from vptq_jax.pallas.vq_matmul.packed import Packed
 from vptq_jax.pallas.vq_matmul.plan import MAX_ROWS, MAX_ROWS_SHARED_TAIL, Config, Plan
 
@@ -143,14 +142,8 @@ def _added(terms: Float[Array, "terms *shape"]) -> Float[Array, "*shape"]:
     return functools.reduce(operator.add, list(terms)) if terms.shape[0] <= _UNROLLED else terms.sum(axis=0)
 
 
-def make_overlap_plan(weight: Packed, rows: int, config: DecodeConfig | None = None) -> OverlapPlan:
-    """The division of the work of the launch that decodes a weight while it multiplies it."""
-    plan = make_decode_plan(weight, config)
-    return OverlapPlan(**{**vars(plan), "config": dataclasses.replace(plan.config, team=overlap.TEAM)}, x_rows=rows)
-
-
 def decode_operands(weight: Packed) -> Operands:
-    """What the launches that decode a weight take."""
+    """What the launch that decodes a weight takes."""
     return Operands(
         [weight.words],
         [_tables(weight)],
@@ -162,19 +155,8 @@ def decode_operands(weight: Packed) -> Operands:
 
 def _dense_product(x: Float[Array, "m in"], weight: Packed, config: Config | None, out_dtype: Any) -> Array:
     """The product [m, out] with the weight written out in the dtype of its tables."""
-    operands = decode_operands(weight)
     config = config if isinstance(config, DecodeConfig) else None
-    plan = make_overlap_plan(weight, x.shape[0], config)
-    wanted = plan.worthwhile if plan.config.overlap is None else plan.config.overlap
-    if wanted and plan.supported and weight.outlier_indices is None and out_dtype == x.dtype:
-        return overlap.product(plan, x, operands)
-    return _decode_once(x, weight, operands, config, out_dtype)
-
-
-def _decode_once(
-    x: Float[Array, "m in"], weight: Packed, operands: Operands, config: DecodeConfig | None, out_dtype: Any
-) -> Array:
-    dense = transposed_weight(make_decode_plan(weight, config), operands)
+    dense = transposed_weight(make_decode_plan(weight, config), decode_operands(weight))
     if weight.outlier_indices is not None:
         columns, values = packed.outlier_weight(weight)
         padding = ((0, 0), (0, dense.shape[1] - weight.format.out_features))
