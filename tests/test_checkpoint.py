@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import zlib
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -218,3 +219,29 @@ def test_restoring_makes_no_dense_copy(tmp_path):
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=True
     )
     assert int(result.stdout.split()[-1]) < dense / 2
+
+
+def test_a_full_disk_ends_a_save_at_once(tmp_path):
+    """Not after the ten minutes for which threads of Orbax would wait for one another, and without leftovers."""
+    code = f"""
+        import errno, os, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from random_models import random_model
+        from vptq_jax.convert import checkpoint
+
+        def full(event, arguments):
+            if event == "os.mkdir" and "arrays" in os.fsdecode(arguments[0]):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        model = random_model()
+        sys.addaudithook(full)
+        try:
+            checkpoint.save(model, {str(tmp_path / "m")!r})
+        except OSError as error:
+            print(error)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=150, check=True
+    )
+    assert "No space left on device" in result.stdout
+    assert not list(tmp_path.iterdir())

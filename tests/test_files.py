@@ -1,10 +1,14 @@
 """Output directories: made whole, replaced in one step, never at the cost of what somebody else put there."""
 
+import contextlib
+import errno
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -312,4 +316,43 @@ def test_a_kill_while_a_place_is_tried_leaves_nothing_for_good(tmp_path, monkeyp
         files.check_writable(path)
     assert len(list(tmp_path.iterdir())) == 1
     files.check_output(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_while_a_temporary_is_locked_leaves_nothing(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(files, "locked", full)
+    with pytest.raises(OSError, match="No space left"), files.new_directory(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_next_try_of_a_place_removes_what_a_killed_one_left(tmp_path, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr("pathlib.Path.rmdir", lambda self: None)
+        files.check_writable(tmp_path / "work")
+    assert len(list(tmp_path.iterdir())) == 1
+    files.check_writable(tmp_path / "work")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_threads_still_write_is_removed_too(tmp_path):
+    """A library that failed may have left threads at work in the directory."""
+    busy = threading.Event()
+
+    def write(place):
+        for index in range(40):
+            with contextlib.suppress(OSError):
+                (place / f"{index}").mkdir()
+            busy.set()
+            time.sleep(0.002)
+
+    with contextlib.suppress(ValueError), files.new_directory(tmp_path / "out") as temporary:
+        thread = threading.Thread(target=write, args=(temporary,))
+        thread.start()
+        busy.wait(10)
+        raise ValueError
+    thread.join()
     assert not list(tmp_path.iterdir())
