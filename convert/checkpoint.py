@@ -14,6 +14,7 @@ It is written under a temporary name and renamed, so it exists completely or not
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -21,6 +22,7 @@ import importlib.metadata
 import json
 import os
 import threading
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -289,7 +291,7 @@ def _abstract_arrays(manifest: Mapping[str, Any], sharding: Shardings | None) ->
 _ORBAX = threading.Lock()
 
 
-_PATIENCE = 10.0  # seconds
+_PATIENCE, _QUIET = 10.0, 0.3  # seconds
 
 
 def _write_arrays(path: Path, arrays: dict[str, Array]) -> None:
@@ -304,8 +306,26 @@ def _write_arrays(path: Path, arrays: dict[str, Array]) -> None:
     except Exception as error:  # Orbax and TensorStore raise many kinds
         for thread in set(threading.enumerate()) - others:
             if type(thread).__module__.startswith("orbax."):
-                thread.join(_PATIENCE)  # it may write into what is about to be removed
+                thread.join(_PATIENCE)
+        _wait_for_quiet(path.parent)  # threads of TensorStore would bring back what is about to be removed
         raise _storage_error(error, path, "cannot be written") from error
+
+
+def _wait_for_quiet(directory: Path) -> None:
+    """Waits until nothing has changed in a directory for a while."""
+
+    def entries() -> set[tuple[str, int]]:
+        found = set()
+        for root, directories, files in os.walk(directory):
+            for name in (*directories, *files):
+                with contextlib.suppress(OSError):  # gone meanwhile
+                    found.add((os.path.join(root, name), os.lstat(os.path.join(root, name)).st_mtime_ns))
+        return found
+
+    end, before = time.monotonic() + _PATIENCE, None
+    while time.monotonic() < end and (now := entries()) != before:
+        before = now
+        time.sleep(_QUIET)
 
 
 def _read_arrays(path: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -355,4 +356,13 @@ def test_what_threads_still_write_is_removed_too(tmp_path):
         busy.wait(10)
         raise ValueError
     thread.join()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_thread_wrote_after_all_had_been_removed_is_swept(tmp_path):
+    with files.new_directory(tmp_path / "out") as temporary:
+        late = temporary / "arrays"
+    shutil.rmtree(tmp_path / "out")
+    late.mkdir(parents=True)
+    files.check_writable(tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -262,7 +262,8 @@ def _sweep_directory(temporary: Path, path: Path) -> None:
     lock = temporary / _LOCK
     with contextlib.suppress(OSError):
         names = {entry.name for entry in temporary.iterdir()}
-        if not names:
+        if names <= {_NEW}:  # none yet, or what a thread wrote after all had been removed
+            _remove(temporary / _NEW)
             temporary.rmdir()
         elif _LOCK in names and names <= {_LOCK, _NEW, _OLD}:
             with open(lock, "rb") as stream:
