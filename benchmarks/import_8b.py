@@ -126,7 +126,7 @@ def measure(directory: Path, tokens: int) -> dict[str, Any]:
     with _PeakMemory() as memory:
         start, busy = time.perf_counter(), time.process_time()
         model = load(directory)
-        jax.block_until_ready(jax.tree.leaves(model))
+        jax.block_until_ready(jax.tree.leaves(model.module))
         seconds, busy = time.perf_counter() - start, time.process_time() - busy
     row = {
         "device": jax.devices()[0].device_kind,

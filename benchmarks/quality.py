@@ -115,7 +115,7 @@ def variant(name: str | None) -> Iterator[None]:
 
 
 def run_row(
-    model: vq.Decoder, settings: dict[str, Any], calibration: vq.Hessians | list[np.ndarray], tokens: np.ndarray
+    model: vq.LanguageModel, settings: dict[str, Any], calibration: vq.Hessians | list[np.ndarray], tokens: np.ndarray
 ) -> dict[str, Any]:
     """Quantizes and measures one row."""
     options = dict(settings)

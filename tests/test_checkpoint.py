@@ -1,5 +1,6 @@
 """Orbax checkpoints: bit-equal, complete or absent, and honest about damage."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -180,8 +181,8 @@ def edit_manifest(path, change, *, forge=True):
         (lambda m: m.update(format_version="1"), "does not describe"),
         (lambda m: m["files"].update({"\x1b[31mred": [1, 1]}), r"'\\x1b\[31mred' is missing"),
         (lambda m: m["config"].update(surprise=1), "is damaged"),
-        (lambda m: m["layers"]["model.layers.0.mlp.up_proj"]["format"].update(num_centroids=1 << 40), "1099511627776"),
-        (lambda m: m["layers"]["model.layers.0.mlp.up_proj"]["format"].update(vector_len=5), "disagrees with itself"),
+        (lambda m: m["layers"]["model.layers.0.mlp.up_proj"]["layout"].update(num_centroids=1 << 40), "1099511627776"),
+        (lambda m: m["layers"]["model.layers.0.mlp.up_proj"]["layout"].update(vector_len=5), "disagrees with itself"),
         (lambda m: m["layers"].pop("model.layers.0.mlp.up_proj"), "disagrees with itself"),
         (lambda m: m["files"].update({"../../etc/passwd": [1, 1]}), "lies outside"),
     ],

@@ -184,11 +184,11 @@ def test_ctrl_c_while_saving_waits_for_the_arrays(tiny_hf, tmp_path):
         import orbax.checkpoint as ocp
         from vptq_jax.cli import main
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        save = ocp.StandardCheckpointer.save
+        save = ocp.Checkpointer.save
         def struck(*arguments, **named):
             save(*arguments, **named)
             os.kill(os.getpid(), signal.SIGINT)
-        ocp.StandardCheckpointer.save = struck
+        ocp.Checkpointer.save = struck
         main(sys.argv[1:])
     """
     command = ["quantize", tiny_hf, tmp_path / "out", *QUICK]

@@ -54,7 +54,7 @@ def test_every_quantized_source_to_every_target(sources, tmp_path, kind, to):
 def test_plain_sources(sources, tmp_path):
     report = convert(sources / "hf", tmp_path / "m", to="orbax", dtype="bfloat16", metadata={"a": 1})
     assert (report.quantized_layers, report.bits_total) == (0, 16.0)
-    assert load(tmp_path / "m").dtype == jnp.bfloat16
+    assert load(tmp_path / "m").module.dtype == jnp.bfloat16
     assert checkpoint.read_metadata(tmp_path / "m") == {"a": 1}
     with pytest.raises(ValueError, match="no layer is quantized"):
         convert(sources / "hf", tmp_path / "v", to="hf-vptq")
@@ -119,7 +119,7 @@ def test_inspection_counts_what_loading_finds(sources, kind):
     seen = inspect(sources / kind)
     assert seen.pop("kind") == kind
     assert seen.pop("path") == str(sources / kind)
-    loaded = load(sources / kind)
+    loaded = load(sources / kind).module
     assert seen == facts(loaded)
     if kind != "hf":
         weights = [layer.weight for layer in loaded.linears().values()]

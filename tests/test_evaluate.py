@@ -8,6 +8,7 @@ import pytest
 
 from vptq_jax.convert.hf import load_hf
 from vptq_jax.lm import data, evaluation
+from vptq_jax.lm.decoder import Decoder
 from vptq_jax.lm.evaluation import perplexity
 
 
@@ -77,8 +78,8 @@ def test_chunks_of_the_head_change_nothing(tiny, tokens, monkeypatch):
 
 def test_no_more_logits_than_promised(tiny, tokens, monkeypatch):
     seen = []
-    head = type(tiny).head
-    monkeypatch.setattr(type(tiny), "head", lambda self, h: seen.append(h.shape) or head(self, h))
+    head = Decoder.head
+    monkeypatch.setattr(Decoder, "head", lambda self, h: seen.append(h.shape) or head(self, h))
     monkeypatch.setattr(evaluation, "HEAD_TOKENS", 32)
     perplexity(tiny, tokens, context=64, max_windows=2, batch_size=2)
     assert {shape[0] * shape[1] for shape in seen} == {32}

@@ -99,7 +99,7 @@ def test_loading_onto_a_mesh(kind, tmp_path):
         assert lm.module.lm_head.weight[...].sharding.spec[0] == "model"
         assert parts.codebook[...].sharding.is_fully_replicated
         assert lm.module.norm.weight[...].sharding.mesh.shape == mesh.shape
-        np.testing.assert_allclose(lm(put(tokens)), expected, atol=1e-5)
+        np.testing.assert_allclose(lm(put(tokens)), expected, atol=1e-4)
         student = vq.load(path, mesh=mesh, axis="model", trainable=True)
         assert student.module.layers[0].self_attn.q_proj.codebook.dtype == jnp.float32
         """,

@@ -174,7 +174,7 @@ def _save_picture(path: Path, draw: Callable[[Any], None]) -> Path:
     need("matplotlib", "a picture of the report")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), format="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     draw(axes)
     axes.set_yscale("log")
