@@ -152,12 +152,14 @@ class Decoder(nnx.Module):
         return automatic(Decoder._logits, PartitionSpec(*spec_of(tokens), None), self, tokens)
 
     def _logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        return self.head(self.hidden(tokens))
+        return self.head(self._hidden(tokens))
 
     def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T hidden"]:
         """What `head` turns into logits: the output of the last block. Raises as the call does."""
         check_tokens(tokens, self.config.vocab_size)
-        tokens = jnp.asarray(tokens)
+        return self._hidden(jnp.asarray(tokens))
+
+    def _hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T hidden"]:
         at = self.rotary(jnp.arange(tokens.shape[1])[None])
         h = self.embed(tokens)
         for block in self.layers:

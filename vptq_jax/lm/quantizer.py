@@ -29,7 +29,7 @@ from vptq_jax.lm.streamed import StreamedModel
 from vptq_jax.lm.workdir import WorkDir
 from vptq_jax.nn.hessians import Hessians
 from vptq_jax.nn.linear import Linear, VQLinear
-from vptq_jax.nn.quantizer import check_rules, quantize_module, quantize_operator, raise_unfit, unfit
+from vptq_jax.nn.quantizer import check_rules, operator_row, quantize_module, quantize_operator, raise_unfit, unfit
 from vptq_jax.quantization.linalg import check_hessian
 from vptq_jax.spec import QuantConfig, VQSpec
 
@@ -275,7 +275,7 @@ class _Operators:
             if self._work:
                 self._work.save(path, *done, inputs)
         array, stats = done
-        self.rows.append(_row(path, self._specs[path], array) | stats)
+        self.rows.append(operator_row(path, self._specs[path], array) | stats)
         self._bar.update()
         return VQLinear(array, None if dense.bias is None else dense.bias[...])
 
@@ -349,18 +349,6 @@ def config_record(config: QuantConfig) -> dict[str, Any]:
     """A config as JSON values, specs as they are written."""
     rules = [[pattern, None if spec is None else str(spec)] for pattern, spec in config.rules]
     return dataclasses.asdict(config) | {"spec": None if config.spec is None else str(config.spec), "rules": rules}
-
-
-def _row(path: str, spec: VQSpec, array: VQArray) -> dict[str, Any]:
-    out_features, in_features = array.shape
-    return {
-        "path": path,
-        "spec": str(spec),
-        "out_features": out_features,
-        "in_features": in_features,
-        "bits_nominal": array.format.nominal_bits,
-        "bits_total": array.bits_per_weight,
-    }
 
 
 def _copy(module: Any) -> Any:

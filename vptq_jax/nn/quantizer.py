@@ -58,7 +58,7 @@ def quantize_module(
             bar.set_postfix_str(path)
             array, stats = _quantized(path, matrices[path], hessians.for_module(path), spec, config)
             new[path] = _layer(layers[path], array)
-            rows.append(_row(path, spec, matrices[path].shape, array) | stats)
+            rows.append(operator_row(path, spec, array) | stats)
             bar.update()
     return replace(module, new), rows
 
@@ -160,12 +160,14 @@ def operator_key(seed: int, path: str) -> Array:
     return jax.random.fold_in(jax.random.key(seed), int.from_bytes(name, "little"))
 
 
-def _row(path: str, spec: VQSpec, shape: tuple[int, ...], array: VQArray) -> dict[str, Any]:
+def operator_row(path: str, spec: VQSpec, array: VQArray) -> dict[str, Any]:
+    """What a report says of a quantized matrix, or of a stack of them, beside the stats of its search."""
+    out_features, in_features = array.shape[-2:]
     return {
         "path": path,
         "spec": str(spec),
-        "out_features": shape[-2],
-        "in_features": shape[-1],
+        "out_features": out_features,
+        "in_features": in_features,
         "bits_nominal": array.format.nominal_bits,
         "bits_total": array.bits_per_weight,
     }
