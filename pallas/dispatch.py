@@ -43,11 +43,8 @@ def target_of(device: Any) -> str | None:
 
 def why_no_mosaic(devices: tuple[Any, ...] | None = None) -> str | None:
     """Why the Mosaic GPU kernels cannot run on some devices (by default the default one), or None."""
-    devices = devices or (default_device(),)
-    if len(devices) > 1:
-        return f"the arrays lie on {len(devices)} devices, which XLA divides its own operations among, but no kernel"
-    (device,) = devices
-    if target_of(device) is not None:
+    device = next((device for device in devices or (default_device(),) if target_of(device) is None), None)
+    if device is None:
         return None
     if device.platform not in ("gpu", "cuda"):
         return f"the device is {device.platform!r}, not an NVIDIA GPU"

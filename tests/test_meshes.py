@@ -1,5 +1,6 @@
 """Models and products on meshes of eight devices, explicit and automatic, against one device."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,19 +10,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType, PartitionSpec
-from random_models import random_model, random_vqarray
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from random_models import CONFIG, random_model, random_vqarray
 
 import vptq_jax as vq
 from vptq_jax.nn.placement import place
+from vptq_jax.pallas.decode_attention import decode_attention
+from vptq_jax.pallas.nearest_centroid import nearest_centroid
 
 KINDS = ("Auto", "Explicit")
 HEAD = """
 import sys
 sys.path.insert(0, TESTS)
-import jax, jax.numpy as jnp, numpy as np
+import dataclasses, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from random_models import TOKENS, random_model, random_vqarray
+from random_models import CONFIG, TOKENS, random_model, random_vqarray
 import vptq_jax as vq
 from vptq_jax.nn.placement import place
 
@@ -106,6 +109,25 @@ def test_loading_onto_a_mesh(kind, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("kind", "axis"), [("Auto", None), ("Explicit", "model")])
+def test_text_and_perplexity_on_a_mesh(kind, axis):
+    on_eight_devices(
+        kind,
+        f"""
+        config = dataclasses.replace(CONFIG, num_layers=1)
+        model = random_model(config, specs=("v3-k16-4",))
+        lm = place(model, mesh, {axis!r})
+        prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+        options = dict(max_new_tokens=9, sampling=vq.Sampling(temperature=0.9, seed=3), stop_tokens=())
+        assert vq.generate(lm, prompts, **options) == vq.generate(model, prompts, **options)
+        text = np.random.default_rng(0).integers(0, model.config.vocab_size, 128)
+        found, expected = (vq.perplexity(m, text, context=32, batch_size=4).value for m in (lm, model))
+        assert abs(found / expected - 1) < 1e-5, (found, expected)
+        assert lm.layers[0].self_attn.q_proj.codebook[...].sharding.mesh.axis_types == mesh.axis_types
+        """,
+    )
+
+
 def test_axes_that_do_not_exist(tiny_hf):
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
     with pytest.raises(ValueError, match="the mesh has no axis 'y'; expected one of 'x'"):
@@ -147,3 +169,79 @@ def test_one_device_is_a_mesh_too():
     mesh = jax.make_mesh((1,), ("x",))
     tokens = jnp.arange(6).reshape(1, 6)
     assert jnp.array_equal(place(model, mesh, "x")(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_on_a_mesh_are_lowered_with_their_rows_divided(kind):
+    """A mesh of eight CPUs, programs for as many GPUs: what lies between here and a compiler for them."""
+    on_eight_devices(
+        kind,
+        """
+        def lowered(function, *arguments):
+            traced = jax.jit(function).trace(*arguments)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+            assert "@CustomSPMDPartitioning" in text and "sdy.sharding_rule" in text
+            return traced.out_info
+
+        weight = jax.tree.map(put, vq.pack(random_vqarray("v4-k16-8", 64, 32, 0), target="sm_90"))
+        x = put(jnp.ones((8, 3, 32), jnp.bfloat16), "data")
+        product = lambda x, w: vq.matmul(x, w, implementation="mosaic")
+        y = lowered(product, x, weight)
+        assert y.shape == (8, 3, 64)
+        assert mesh.axis_types[0] == AxisType.Auto or y.sharding.spec[0] == "data", y.sharding
+        _, dx = lowered(jax.value_and_grad(lambda x, w: product(x, w).astype(jnp.float32).sum()), x, weight)
+        assert dx.shape == x.shape
+        try:
+            jax.jit(jax.grad(lambda w, x: product(x, w).astype(jnp.float32).sum(), allow_int=True)).trace(weight, x)
+        except TypeError as error:
+            assert "unpack(weight)" in str(error)
+        else:
+            raise AssertionError
+        """,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_run_on_a_mesh(kind):
+    """Rows stay where they are, and the results are bit for bit those of one device."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType[kind],), devices=jax.devices()[:2])
+
+    def put(x, *spec):
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    weight = vq.pack(random_vqarray("v8-k256-256", 512, 256, 0), target="sm_90")
+    everywhere = jax.tree.map(put, weight)
+    for rows in (4, 64, 2048):
+        x = jax.random.normal(keys[0], (rows, 256), jnp.bfloat16)
+        one = jax.jit(lambda x, w: vq.matmul(x, w, implementation="mosaic"))
+        expected = jnp.concatenate([one(half, weight) for half in jnp.split(x, 2)])  # a plan depends on the rows
+        compiled = one.trace(put(x, "data"), everywhere).lower().compile()
+        assert "mosaic_gpu" in compiled.as_text()
+        y = compiled(put(x, "data"), everywhere)
+        assert y.sharding.spec[0] == "data"
+        assert [shard.data.shape for shard in y.addressable_shards] == [(rows // 2, 512)] * 2
+        assert jnp.array_equal(jax.device_get(y), jax.device_get(expected))
+        assert jnp.array_equal(jax.device_get(one(put(x), everywhere)), jax.device_get(one(x, weight)))
+    q = jax.random.normal(keys[1], (4, 8, 64), jnp.bfloat16)
+    cache = [jax.random.normal(key, (4, 2, 96, 64), jnp.bfloat16) for key in keys[2:]]
+    seen = jnp.arange(96)[None] < jnp.array([[5], [96], [31], [64]])
+    attend = jax.jit(lambda *arrays: decode_attention(*arrays, implementation="mosaic"))
+    y = attend(*(put(array, "data") for array in (q, *cache, seen)))
+    assert y.sharding.spec[0] == "data"
+    assert jnp.array_equal(jax.device_get(y), jax.device_get(attend(q, *cache, seen)))
+    vectors, codebook = jax.random.normal(keys[1], (4096, 8)), jax.random.normal(keys[2], (256, 8))
+    nearest = jax.jit(lambda *arrays: nearest_centroid(*arrays, implementation="mosaic")[0])
+    index = nearest(put(vectors, "data"), put(codebook))
+    assert jnp.array_equal(jax.device_get(index), jax.device_get(nearest(vectors, codebook)))
+
+    wide = dataclasses.replace(CONFIG, hidden_size=256, intermediate_size=512, head_dim=64)
+    model = random_model(wide, specs=("v8-k256-256",), dtype=jnp.bfloat16)
+    twin = vq.pack(place(model, mesh), target="sm_90")
+    assert all(layer.order is not None for layer in twin.quantized_layers().values())
+    prompts, options = [[1, 2, 3], [4, 5, 6, 7, 8]], {"max_new_tokens": 12, "stop_tokens": ()}
+    result = vq.generate(twin, prompts, return_result=True, **options)
+    assert result.implementation == "mosaic"
+    assert result.tokens == vq.generate(vq.pack(model), prompts, **options)

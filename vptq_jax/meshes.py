@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def explicit_mesh(*arguments: Any) -> AbstractMesh | None:
@@ -40,6 +40,33 @@ def automatic(function: Callable[..., Any], out_spec: PartitionSpec, *arguments:
         return function(*arguments)
     sharding = NamedSharding(mesh, out_spec)
     return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=sharding)(*arguments)
+
+
+def is_divided(tree: Any) -> bool:
+    """Whether an array of a tree is known to lie in parts on several devices."""
+    return any(
+        any(spec_of(leaf)) if isinstance(leaf, jax.core.Tracer) else not leaf.sharding.is_fully_replicated
+        for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.Array)
+    )
+
+
+def as_automatic(tree: Any) -> Any:
+    """The same buffers, on a mesh with automatic axes where one with explicit axes was: for programs that say nothing
+    of how their inside is divided. Tracers stay as they are."""
+
+    def retyped(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+            return leaf
+        old = leaf.sharding
+        if not isinstance(old, NamedSharding) or AxisType.Explicit not in old.mesh.axis_types:
+            return leaf
+        mesh = Mesh(old.mesh.devices, old.mesh.axis_names, axis_types=(AxisType.Auto,) * len(old.mesh.axis_names))
+        sharding = NamedSharding(mesh, old.spec, memory_kind=old.memory_kind)
+        shards = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+    return jax.tree.map(retyped, tree)
 
 
 def check_axis(mesh: Mesh, axis: str | None) -> None:

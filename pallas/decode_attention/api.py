@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from vptq_jax.pallas import dispatch
 from vptq_jax.pallas.decode_attention import kernel, reference
+from vptq_jax.pallas.partition import over_rows
 
 Implementation = Literal["xla", "mosaic"]
 
@@ -82,4 +83,4 @@ def _log_choice(implementation: str, reason: str | None) -> None:
 
 @jax.custom_batching.sequential_vmap
 def _kernel(q: Array, keys: Array, values: Array, visible: Array) -> Array:
-    return kernel.decode_attention(q, keys, values, visible)
+    return over_rows(lambda rows, _: kernel.decode_attention(*rows), (q, keys, values, visible), ())

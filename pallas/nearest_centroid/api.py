@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from vptq_jax.pallas import dispatch
 from vptq_jax.pallas.nearest_centroid import kernel, reference
+from vptq_jax.pallas.partition import over_rows
 
 Implementation = Literal["xla", "mosaic"]
 
@@ -106,4 +107,4 @@ def _log_choice(implementation: str, reason: str | None) -> None:
 
 @jax.custom_batching.sequential_vmap
 def _nearest_index(vectors: Array, codebook: Array) -> Array:
-    return kernel.nearest_index(vectors, codebook)
+    return over_rows(kernel.nearest_index, vectors, codebook)

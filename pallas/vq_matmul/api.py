@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from vptq_jax.array import VQArray
 from vptq_jax.meshes import automatic, spec_of
 from vptq_jax.pallas import dispatch
+from vptq_jax.pallas.partition import over_rows
 from vptq_jax.pallas.vq_matmul import mosaic, packed, reference, xla
 from vptq_jax.pallas.vq_matmul.norm import RMS
 from vptq_jax.pallas.vq_matmul.packed import Packed
@@ -140,13 +141,16 @@ def _portable(
 
 
 def _matmuls(x: Array, weights: Sequence[Packed], norm: RMS | None, out_dtype: np.dtype) -> tuple[Array, ...]:
-    flat = x.reshape(-1, x.shape[-1]).astype(weights[0].dtype)
-    if mosaic.one_launch(weights):
-        products = _differentiable(out_dtype, flat, norm, tuple(weights))
-    else:
-        flat = flat if norm is None else norm(flat)
-        products = tuple(_differentiable(out_dtype, flat, None, (weight,))[0] for weight in weights)
-    return tuple(product.reshape(*x.shape[:-1], -1) for product in products)
+    def by_kernel(x: Array, norm: RMS | None, weights: tuple[Packed, ...]) -> tuple[Array, ...]:
+        flat = x.reshape(-1, x.shape[-1]).astype(weights[0].dtype)
+        if mosaic.one_launch(weights):
+            products = _differentiable(out_dtype, flat, norm, weights)
+        else:
+            flat = flat if norm is None else norm(flat)
+            products = tuple(_differentiable(out_dtype, flat, None, (weight,))[0] for weight in weights)
+        return tuple(product.reshape(*x.shape[:-1], -1) for product in products)
+
+    return automatic(by_kernel, PartitionSpec(*spec_of(x)[:-1]), x, norm, tuple(weights))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -187,9 +191,13 @@ _differentiable.defvjp(_forward, _backward, symbolic_zeros=True)
 def _batchable(out_dtype: np.dtype) -> Callable[..., tuple[Array, ...]]:
     """The kernel's product for results of a dtype: rows of a batch become rows of one product."""
 
+    def on_one_device(x: Array, whole: tuple[RMS | None, tuple[Packed, ...]]) -> tuple[Array, ...]:
+        norm, weights = whole
+        return tuple(y.astype(out_dtype) for y in mosaic.matmul(x, weights, norm=norm, out_dtype=out_dtype))
+
     @jax.custom_batching.custom_vmap
     def product(x: Array, norm: RMS | None, weights: tuple[Packed, ...]) -> tuple[Array, ...]:
-        return tuple(y.astype(out_dtype) for y in mosaic.matmul(x, weights, norm=norm, out_dtype=out_dtype))
+        return over_rows(on_one_device, x, (norm, weights))
 
     @product.def_vmap
     def batched(size: int, in_batched: Any, x: Array, norm: RMS | None, weights: tuple[Packed, ...]) -> tuple[Any, Any]:

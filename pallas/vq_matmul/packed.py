@@ -21,10 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt
 
 from vptq_jax.array import VQArray
 from vptq_jax.format import FLOATS, INTEGERS, Format
+from vptq_jax.meshes import automatic, is_divided
 from vptq_jax.packing import pack_indices, unpack_indices
 from vptq_jax.pallas.ptx import SHARED_MEMORY_BYTES
 
@@ -240,11 +242,13 @@ def pack(weight: VQArray, order: Order | None = None, *, dtype: Any = None) -> P
     """
     dtype = jnp.dtype(dtype or (jnp.bfloat16 if weight.dtype == jnp.float32 else weight.dtype))
     reason = unsupported(weight.format, dtype)
-    if reason:
+    if reason or is_divided(weight):
+        reason = reason or "it is divided among devices, and a packed one lies whole on each; place it without axis"
         raise NotImplementedError(f"no kernel order for this weight: {reason}")
     order = order or choose_order([weight.format])
     shared = {field: getattr(weight, field) for field in _SHARED_FIELDS}
-    return Packed(**_derived(weight, order, dtype), **shared, format=weight.format, order=order)
+    derived = automatic(functools.partial(_derived, order=order, dtype=dtype), PartitionSpec(), weight)
+    return Packed(**derived, **shared, format=weight.format, order=order)
 
 
 @functools.partial(jax.jit, static_argnames=("order", "dtype"))
@@ -268,7 +272,8 @@ def _derived(weight: VQArray, order: Order, dtype: Any) -> dict[str, Array | Non
 def unpack(kernel: Packed) -> VQArray:
     """Inverse of `pack`, bit for bit."""
     shared = {field: getattr(kernel, field) for field in _SHARED_FIELDS}
-    return VQArray(indices=_indices(kernel.words, kernel.grid), **shared, format=kernel.format)
+    indices = automatic(functools.partial(_indices, grid=kernel.grid), PartitionSpec(), kernel.words)
+    return VQArray(indices=indices, **shared, format=kernel.format)
 
 
 @functools.partial(jax.jit, static_argnames="grid")

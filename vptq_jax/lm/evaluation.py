@@ -15,6 +15,7 @@ from vptq_jax.extras import progress_bar
 from vptq_jax.lm import data
 from vptq_jax.lm.decoder import Decoder, check_tokens
 from vptq_jax.lm.language_model import LanguageModel
+from vptq_jax.meshes import as_automatic
 
 HEAD_TOKENS = 256  # Tokens whose logits exist at one time.
 
@@ -72,6 +73,7 @@ def perplexity(
     windows = data.windows(tokens, context, max_windows, first=module.config.first_token)
     check_tokens(windows, module.config.vocab_size, "text")
     batches = list(_split(data.batches(windows, batch_size)))
+    module = as_automatic(module)
 
     start = time.perf_counter()
     losses: list[float] = []

@@ -25,6 +25,7 @@ from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.next_token import SamplingArrays, next_token
 from vptq_jax.lm.sampling import GREEDY, Sampling
 from vptq_jax.lm.tokens import TextStream, encode
+from vptq_jax.meshes import as_automatic
 from vptq_jax.nn.inference import inference_form
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.pallas import dispatch
@@ -343,7 +344,8 @@ class _Run:
     ):
         self.lm, self.model, self.prompts = lm, model, prompts  # the model is the one that runs, perhaps packed
         self.request, self.greedy = request, greedy
-        self.arrays, structure = jax.tree.flatten(model)
+        arrays, structure = jax.tree.flatten(model)
+        self.arrays = as_automatic(arrays)
         self.structure = _Structure(structure)
         self.state: _State
         self.prefill_seconds = 0.0

@@ -17,6 +17,7 @@ from flax import nnx
 
 from vptq_jax.array import VQArray
 from vptq_jax.format import FLOATS
+from vptq_jax.meshes import is_divided
 from vptq_jax.nn.linear import VQLinear
 from vptq_jax.nn.surgery import modules, replace
 from vptq_jax.pallas import dispatch
@@ -59,7 +60,9 @@ def pack(weight: Any, *, dtype: Any = None, target: str | None = None, donate: b
     groups: dict[Any, list[tuple[str, VQLinear]]] = {}
     same_input = _same_input(weight)
     for path, layer in quantized(weight).items():
-        if layer.order is None and not layer.stacked and not unsupported(layer.format, dtype):
+        if layer.order is not None or layer.stacked:
+            continue
+        if not unsupported(layer.format, dtype) and not is_divided(layer.array):
             alike = dataclasses.replace(layer.format, out_features=1)
             groups.setdefault((same_input.get(path, path), alike), []).append((path, layer))
     found: dict[str, VQLinear] = {}

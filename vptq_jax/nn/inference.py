@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+from vptq_jax.meshes import is_divided
 from vptq_jax.nn.forms import pack, quantized
 from vptq_jax.pallas import dispatch
 
@@ -31,10 +32,7 @@ def inference_form(module: Model, *, donate: bool = False) -> Model:
     layers = [layer for layer in quantized(module).values() if not layer.stacked]
     if all(layer.order is not None for layer in layers):
         return module
-    devices = dispatch.devices_of(*(layer.weight for layer in layers if layer.order is None))
-    if reason := dispatch.why_no_mosaic(devices):
-        if all(dispatch.target_of(device) for device in devices):
-            dispatch.warn_fallback("a quantized layer", reason, "put the model on one of them")
+    if dispatch.why_no_mosaic(dispatch.devices_of(*(layer.weight for layer in layers if layer.order is None))):
         return module
     if donate:
         return _packed(module, donate=True)
@@ -54,7 +52,9 @@ def _packed(module: Model, donate: bool) -> Model:
     twin = pack(module, donate=donate)
     for layer in quantized(twin).values():
         if layer.order is None and not layer.stacked:
-            dispatch.warn_fallback(
-                "a quantized layer", f"its vectors have {layer.format.vector_len} components", "choose at most 16"
-            )
+            if is_divided(layer.array):
+                reason, remedy = "it is divided among devices", "place it without axis, which puts it whole on each"
+            else:
+                reason, remedy = f"its vectors have {layer.format.vector_len} components", "choose at most 16"
+            dispatch.warn_fallback("a quantized layer", reason, remedy)
     return twin

@@ -20,7 +20,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 def place(module: Model, mesh: Mesh, axis: str | None = None) -> Model:
-    """A module whose arrays lie on a mesh; quantized layers are unpacked, since no kernel runs on several devices.
+    """A module whose arrays lie on a mesh; divided layers are unpacked, since a packed weight lies whole on a device.
 
     Args:
         module: any module with `Linear` and `VQLinear` layers.
@@ -32,9 +32,9 @@ def place(module: Model, mesh: Mesh, axis: str | None = None) -> Model:
         ValueError: the mesh has no such axis, or layers do not divide among its devices (all are listed).
     """
     check_axis(mesh, axis)
-    module = unpack(module)
     specs: dict[int, PartitionSpec] = {}
     if axis is not None:
+        module = unpack(module)
         size, problems = mesh.shape[axis], []
         for path, part in modules(module).items():
             if isinstance(part, Linear | VQLinear):
