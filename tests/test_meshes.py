@@ -172,6 +172,31 @@ def test_one_device_is_a_mesh_too():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_ops_with_divided_rows(kind):
+    on_eight_devices(
+        kind,
+        """
+        from vptq_jax.pallas.decode_attention import decode_attention
+        from vptq_jax.pallas.nearest_centroid import nearest_centroid
+
+        rng = np.random.default_rng(0)
+        draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+        vectors, codebook = draw(64, 4), draw(16, 4)
+        index, distance = jax.jit(nearest_centroid)(put(vectors, "data"), put(codebook))
+        expected = ((np.float64(vectors)[:, None] - np.float64(codebook)) ** 2).sum(-1)
+        assert (index == expected.argmin(1)).all()
+        np.testing.assert_allclose(distance, expected.min(1), rtol=1e-5)
+        q, keys, values, seen = draw(4, 6, 8), draw(4, 2, 5, 8), draw(4, 2, 5, 8), jnp.arange(5)[None] < 4
+        y = jax.jit(decode_attention)(*(put(a, "data") for a in (q, keys, values)), put(seen))
+        assert y.sharding.spec[0] == "data"
+        scores = np.einsum("bkgd,bksd->bkgs", q.reshape(4, 2, 3, 8), keys)[..., :4] / 8**0.5
+        weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        np.testing.assert_allclose(y, np.einsum("bkgs,bksd->bkgd", weights, values[:, :, :4]).reshape(4, 6, 8), atol=1e-5)
+        """,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_kernels_on_a_mesh_are_lowered_with_their_rows_divided(kind):
     """A mesh of eight CPUs, programs for as many GPUs: what lies between here and a compiler for them."""
     on_eight_devices(

@@ -8,8 +8,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from vptq_jax.meshes import automatic, spec_of
 from vptq_jax.pallas import dispatch
 from vptq_jax.pallas.decode_attention import kernel, reference
 from vptq_jax.pallas.partition import over_rows
@@ -59,7 +61,7 @@ def decode_attention(
     if implementation == "xla" or reason:
         if implementation is None:
             _log_choice("xla", reason)
-        return reference.decode_attention(q, keys, values, visible)
+        return automatic(reference.decode_attention, PartitionSpec(spec_of(q)[0]), q, keys, values, visible)
     _log_choice("mosaic", None)
     return _kernel(q, keys, values, visible)
 

@@ -8,8 +8,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from vptq_jax.meshes import automatic, spec_of
 from vptq_jax.pallas import dispatch
 from vptq_jax.pallas.nearest_centroid import kernel, reference
 from vptq_jax.pallas.partition import over_rows
@@ -55,10 +57,11 @@ def nearest_centroid(
     if implementation == "xla" or reason:
         if implementation is None:
             _log_choice("xla", reason)
-        return reference.nearest_centroid(vectors, codebook)
-    _log_choice("mosaic", None)
-    index = _nearest_index(vectors, codebook)
-    return index, reference.squared_distance(vectors, codebook, index)
+        search = reference.nearest_centroid
+    else:
+        _log_choice("mosaic", None)
+        search = _by_kernel
+    return automatic(search, PartitionSpec(spec_of(vectors)[0]), vectors, codebook)
 
 
 def cluster_sums(
@@ -103,6 +106,11 @@ def _why_not_mosaic(vectors: Array) -> str | None:
 @functools.cache
 def _log_choice(implementation: str, reason: str | None) -> None:
     _logger.info("nearest_centroid runs as %r%s", implementation, f": {reason}" if reason else "")
+
+
+def _by_kernel(vectors: Array, codebook: Array) -> tuple[Array, Array]:
+    index = _nearest_index(vectors, codebook)
+    return index, reference.squared_distance(vectors, codebook, index)
 
 
 @jax.custom_batching.sequential_vmap
