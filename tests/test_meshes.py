@@ -191,7 +191,8 @@ def test_ops_with_divided_rows(kind):
         assert y.sharding.spec[0] == "data"
         scores = np.einsum("bkgd,bksd->bkgs", q.reshape(4, 2, 3, 8), keys)[..., :4] / 8**0.5
         weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-        np.testing.assert_allclose(y, np.einsum("bkgs,bksd->bkgd", weights, values[:, :, :4]).reshape(4, 6, 8), atol=1e-5)
+        expected = np.einsum("bkgs,bksd->bkgd", weights, values[:, :, :4]).reshape(4, 6, 8)
+        np.testing.assert_allclose(y, expected, atol=1e-5)
         """,
     )
 
