@@ -60,18 +60,19 @@ def _nearest_only(W: Any, U: Any, codes: Any, segments: Any) -> Any:
 def _prepared(change: Callable[[Any, Any], dict[str, Any]]) -> Callable[..., Any]:
     """In place of `search.prepare`: fields of the problem replaced, given the problem and the scale of every slot."""
 
-    def prepare(W: Any, H: Any, damping: Any, slot_columns: Any, **options: Any) -> Any:
-        problem = _prepare(W, H, damping, slot_columns, **options)
+    def prepare(W: Any, metric: Any, slot_columns: Any, **options: Any) -> Any:
+        problem = _prepare(W, metric, slot_columns, **options)
         scale = problem.scale[problem.perm][np.maximum(slot_columns, 0)]
         return dataclasses.replace(problem, **change(problem, jnp.where(slot_columns >= 0, scale, 1)))
 
     return prepare
 
 
-def _undamped(W: Any, H: Any, damping: Any, slot_columns: Any, **options: Any) -> Any:
+def _undamped(W: Any, metric: Any, slot_columns: Any, **options: Any) -> Any:
     """In place of `search.prepare`: refinement in the Hessian as collected; only the column pass is damped."""
-    problem = _prepare(W, H, damping, slot_columns, **options)
-    return dataclasses.replace(problem, H=_prepare(W, H, 0.0, slot_columns, **options).H)
+    problem = _prepare(W, metric, slot_columns, **options)
+    as_collected = dataclasses.replace(metric, damping=0.0, extra=jnp.zeros(()))
+    return dataclasses.replace(problem, H=_prepare(W, as_collected, slot_columns, **options).H)
 
 
 def _prototype(*arguments: Any, **options: Any) -> Any:

@@ -21,6 +21,8 @@ from vptq_jax.nn import quantizer as driver
 from vptq_jax.nn.hessians import Hessians
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.nn.quantizer import operator_key
+from vptq_jax.quantization import metric
+from vptq_jax.quantization.metric import factorize
 from vptq_jax.quantization.search import quantize_weight
 from vptq_jax.spec import QuantConfig, SearchOptions, VQSpec
 
@@ -329,6 +331,33 @@ def test_unwritable_work_directory(model, hessians, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         quantize(model, config(), hessians, workdir=tmp_path / "file" / "work", progress=False)
+
+
+class CountedReads(dict):
+    """Hessians as files give them: a new array at every read."""
+
+    def __init__(self, arrays):
+        super().__init__(arrays)
+        self.reads = []
+
+    def __getitem__(self, key):
+        self.reads.append(key)
+        return np.array(super().__getitem__(key))
+
+
+def test_layers_that_share_an_input_read_and_factorize_its_hessian_once(model, hessians, tmp_path, monkeypatch):
+    whole, _ = quantize(model, config(), hessians, progress=False)
+    counted = CountedReads({key: hessians.arrays[key] for key in hessians.arrays})
+    factorized = []
+    monkeypatch.setattr(
+        metric, "factorize", lambda H, **options: (factorized.append(H.shape), factorize(H, **options))[1]
+    )
+    files = Hessians(counted, hessians.modules, hessians.tokens, hessians.fingerprint)
+    again, _ = quantize(model, config(), files, workdir=tmp_path, progress=False)
+    assert_same(arrays(again), arrays(whole))
+    # Inputs of q/k/v, o, gate/up and down in two blocks, and the check of all of them before work starts.
+    assert len(factorized) == 8
+    assert sorted(counted.reads) == sorted(2 * [key for key in hessians.modules if key != "lm_head"])
 
 
 def changed(hessians: Hessians, path, change):

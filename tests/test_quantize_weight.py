@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from vptq_jax.format import Format
 from vptq_jax.quantization.columns import arrange
+from vptq_jax.quantization.metric import factorize
 from vptq_jax.quantization.search import check_finite, prepare, quantize_weight, search, store
 from vptq_jax.spec import QuantConfig, SearchOptions, VQSpec
 
@@ -120,8 +121,11 @@ def test_importance_is_the_compensated_cost():
     W, H = operator(24, 32)
     H[5] = H[:, 5] = 0  # A dead input.
     columns = arrange(Format.of("v4-k16-o12.5v2k8", (24, 32)))[1]
-    problem = prepare(jnp.asarray(W), jnp.asarray(H), 0.01, columns, normalize=True, permute=True)
-    H = np.asarray(H, np.float64)
+    metric = factorize(jnp.asarray(H), damping=0.01, permute=True)
+    problem = prepare(jnp.asarray(W), metric, columns, normalize=True)
+    unit = np.asarray(metric.H)[0, 0] / H[0, 0]
+    assert np.log2(unit) == int(np.log2(unit))
+    H = np.asarray(H, np.float64) * unit
     live = np.diag(H) > 0
     H += np.diag(np.where(live, 0.01 * np.diag(H)[live].mean(), 1))
     perm = np.asarray(problem.perm)
@@ -164,6 +168,24 @@ def test_equal_shapes_run_as_one_program():
     for i, (W_one, H_one) in enumerate(pairs):
         _, stats = quantize_weight(W_one, H_one, spec, key=keys[i], options=FAST)
         assert float(errors[i]) == pytest.approx(stats["error"], rel=0.02)
+
+
+def test_a_factorized_hessian_gives_the_same_to_the_bit():
+    W, H = operator(32, 48)
+    metric = factorize(jnp.asarray(H), damping=FAST.damping, permute=True)
+    for part in (W, W[:, ::-1]):
+        direct, facts = quantize_weight(part, H, "v4-k16-8", key=jax.random.key(1), options=FAST)
+        shared, same = quantize_weight(part, metric, "v4-k16-8", key=jax.random.key(1), options=FAST)
+        assert facts == same
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, direct, shared))
+
+
+def test_a_metric_of_other_options_is_refused():
+    W, H = operator(16, 32)
+    metric = factorize(jnp.asarray(H), damping=0.5, permute=True)
+    message = r"damping, permute\) = \(32, 0.5, True\); expected \(32, 0.01, False\)"
+    with pytest.raises(ValueError, match=message):
+        quantize_weight(W, metric, "v4-k16-noperm", key=jax.random.key(0))
 
 
 def test_constant_columns_are_kept():

@@ -31,6 +31,7 @@ from vptq_jax.nn.hessians import Hessians
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.nn.quantizer import check_rules, operator_row, quantize_module, quantize_operator, raise_unfit, unfit
 from vptq_jax.quantization.linalg import check_hessian
+from vptq_jax.quantization.metric import LastMetric
 from vptq_jax.spec import QuantConfig, VQSpec
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
@@ -261,6 +262,7 @@ class _Operators:
         bar: ProgressBar,
     ):
         self._config, self._specs, self._work, self._bar = config, specs, work, bar
+        self._metrics = LastMetric()
         self.rows: list[dict[str, Any]] = []
         self.inputs: dict[str, dict[str, str]] = {}
 
@@ -282,9 +284,9 @@ class _Operators:
     def _quantize(
         self, path: str, weight: Float[Array, "out in"], calibration: Calibration
     ) -> tuple[VQArray, dict[str, Any]]:
-        hessian = jnp.asarray(calibration.hessian(path))
+        hessian = calibration.hessian(path)
         started = time.perf_counter()
-        array, stats = quantize_operator(path, weight, hessian, self._specs[path], self._config)
+        array, stats = quantize_operator(path, weight, hessian, self._specs[path], self._config, self._metrics)
         array = jax.block_until_ready(array)
         return array, stats | {"seconds": time.perf_counter() - started}
 

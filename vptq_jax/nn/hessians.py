@@ -28,7 +28,7 @@ class Hessians:
 
     Args:
         arrays: float32 [in_features, in_features] (of stacked weights [stack, in_features, in_features]) by the path
-            of the first module that reads that input; read anew at every access when it is backed by files.
+            of the first module that reads that input; may be read from a file at every access.
         modules: for each key of `arrays`, the modules that share it and the digest of the weight of each
             (`fingerprint.array_digest`; empty when unknown).
         tokens: calibration tokens behind every H.
@@ -47,6 +47,7 @@ class Hessians:
         self.arrays, self.modules = arrays, modules
         self.tokens, self.fingerprint, self.text = tokens, fingerprint, text
         self._key = {path: key for key, paths in modules.items() for path in paths}
+        self._last: tuple[str, np.ndarray] | None = None
 
     def __contains__(self, path: str) -> bool:
         return path in self._key
@@ -57,12 +58,17 @@ class Hessians:
     def for_module(self, path: str) -> Float[np.ndarray, "in in"]:
         """H of the input of a module such as `model.layers.0.self_attn.q_proj`, float32 [in_features, in_features].
 
+        Asked for modules of one input in a row, it is the same array, read once.
+
         Raises:
             ValueError: there is none for this module.
         """
         if path not in self._key:
             raise ValueError(f"no Hessian for {path}; there are {len(self._key)}, for {_some(self._key)}")
-        return self.arrays[self._key[path]]
+        key, last = self._key[path], self._last
+        if last is None or last[0] != key:
+            last = self._last = key, self.arrays[key]
+        return last[1]
 
     def weight_digest(self, path: str) -> str:
         """Digest of the weight of a module at collection time, empty when unknown."""

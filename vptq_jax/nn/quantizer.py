@@ -21,6 +21,7 @@ from vptq_jax.nn.einsum import VQEinsum
 from vptq_jax.nn.hessians import Hessians
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.nn.surgery import contraction_of, kernel_of, linears, replace
+from vptq_jax.quantization.metric import LastMetric
 from vptq_jax.quantization.search import check_centroids, check_finite, quantize_weight, store
 from vptq_jax.spec import QuantConfig, VQSpec
 
@@ -52,11 +53,11 @@ def quantize_module(
     matrices = {path: contraction_of(layer).matrix(kernel_of(layer)) for path, layer in layers.items()}  # type: ignore[union-attr]
     specs = plan(config, {path: matrix.shape for path, matrix in matrices.items()}, hessians)
     new: dict[str, Any] = {}
-    rows = []
+    rows, metrics = [], LastMetric()
     with progress_bar(progress, total=len(specs), desc="Quantizing", unit="layer") as bar:
         for path, spec in specs.items():
             bar.set_postfix_str(path)
-            array, stats = _quantized(path, matrices[path], hessians.for_module(path), spec, config)
+            array, stats = _quantized(path, matrices[path], hessians.for_module(path), spec, config, metrics)
             new[path] = _layer(layers[path], array)
             rows.append(operator_row(path, spec, array) | stats)
             bar.update()
@@ -122,15 +123,20 @@ def check_rules(config: QuantConfig, paths: Mapping[str, Any]) -> None:
 
 
 def _quantized(
-    path: str, matrix: Array, hessian: Float[np.ndarray, "..."], spec: VQSpec, config: QuantConfig
+    path: str,
+    matrix: Array,
+    hessian: Float[np.ndarray, "..."],
+    spec: VQSpec,
+    config: QuantConfig,
+    metrics: LastMetric,
 ) -> tuple[VQArray, dict[str, Any]]:
     """One matrix, or a stack of them one after the other (they share a compiled program)."""
     if matrix.ndim == 2:
-        return quantize_operator(path, matrix, jnp.asarray(hessian), spec, config)
+        return quantize_operator(path, matrix, hessian, spec, config, metrics)
     found = []
     for index, (part, metric) in enumerate(zip(matrix, hessian, strict=True)):
         seen = metric if np.trace(metric) > 0 else np.eye(len(metric), dtype=np.float32)
-        found.append(quantize_operator(f"{path}[{index}]", part, jnp.asarray(seen), spec, config))
+        found.append(quantize_operator(f"{path}[{index}]", part, seen, spec, config, metrics))
     stats = {name: float(np.mean([each[name] for _, each in found])) for name in ("error", "damping", "dead_columns")}
     return VQArray.stack([array for array, _ in found]), stats
 
@@ -138,18 +144,22 @@ def _quantized(
 def quantize_operator(
     path: str,
     weight: Float[Array, "out in"],
-    hessian: Float[Array, "in in"],
+    hessian: Float[np.ndarray, "in in"],
     spec: VQSpec,
     config: QuantConfig,
+    metrics: LastMetric,
 ) -> tuple[VQArray, dict[str, Any]]:
     """One matrix as a file takes it, and the stats of `quantize_weight` with the error of that form.
+
+    `metrics` spares the factorization of a Hessian that the operator before had too.
 
     Raises:
         ValueError: see `quantize_weight`; or the stored form is not finite.
     """
     key = operator_key(config.seed, path)
-    array, stats = quantize_weight(weight, hessian, spec, key=key, options=config, name=path)
-    array, error, wide = store(array, jnp.asarray(weight), hessian, stats["error"])
+    metric = metrics.of(hessian, weight.shape[-1], path, config.damping, spec.permute)
+    array, stats = quantize_weight(weight, metric, spec, key=key, options=config, name=path)
+    array, error, wide = store(array, jnp.asarray(weight), metric.H, stats["error"])
     check_finite(array, {"error": error}, path)
     return array, stats | {"error": error} | ({"wide": wide} if wide else {})
 

@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vptq_jax.array import VQArray
 from vptq_jax.format import FLOATS, Format
 from vptq_jax.quantization.column_pass import column_pass
 from vptq_jax.quantization.columns import Codes, Segment, arrange, assign_columns, decode_all
 from vptq_jax.quantization.kmeans import importance_sample, kmeans
-from vptq_jax.quantization.linalg import check_hessian, inverse_factor, proxy_loss, regularize
+from vptq_jax.quantization.linalg import proxy_loss
+from vptq_jax.quantization.metric import Metric, checked_metric, factorize, to_unit
 from vptq_jax.quantization.refine import refine
 from vptq_jax.spec import DEFAULTS, SearchOptions, VQSpec
 
@@ -39,7 +40,6 @@ class Problem:
         scale: s, float32 [in_features] in original column order.
         offset: o, float32 [in_features] in original column order.
         perm: original column of each permuted column, int32 [in_features].
-        dead: mask of dead inputs, in original column order.
         damping: share of the mean diagonal that was added in all.
     """
 
@@ -50,13 +50,12 @@ class Problem:
     scale: Float[Array, " in"]
     offset: Float[Array, " in"]
     perm: Array
-    dead: Array
     damping: Float[Array, ""]
 
 
 def quantize_weight(
     W: Float[Array, "out in"],
-    H: Float[Array, "in in"],
+    H: Float[Array, "in in"] | Metric,
     spec: VQSpec | str,
     *,
     key: Array,
@@ -68,7 +67,7 @@ def quantize_weight(
     Args:
         W: weight [out_features, in_features], any float dtype.
         H: second moment of the layer's inputs E[x x^T] (any positive multiple of it), as collected: it is
-            regularized here.
+            regularized here. Or what `metric.factorize` made of it with the same options, for weights that share it.
         spec: the format.
         key: PRNG key; the result is a function of it and the other arguments alone.
         options: of the search.
@@ -85,13 +84,11 @@ def quantize_weight(
             shape, or a codebook would have more centroids than there are vectors to describe.
     """
     spec = VQSpec.parse(spec)
-    format = _checked_format(W, H, spec, name)
-    array, found = search(jnp.asarray(W), jnp.asarray(H), key, format=format, options=_alone(options))
+    format = _checked_format(W, spec, name)
+    if not isinstance(H, Metric):
+        H = checked_metric(H, format.in_features, name, damping=options.damping, permute=format.permute)
+    array, found = search(jnp.asarray(W), H, key, format=format, options=_alone(options))
     stats = {stage: value.item() for stage, value in jax.device_get(found).items()}
-    if not np.isfinite(stats["damping"]):
-        raise ValueError(
-            f"{name}: the Hessian is not positive semidefinite, even with ten times its mean diagonal added"
-        )
     check_finite(array, stats, name)
     ran = {f"error_refine_{i + 1}" for i in range(stats["rounds"])}
     return array, {k: v for k, v in stats.items() if not k.startswith("error_refine_") or k in ran}
@@ -105,7 +102,7 @@ def _alone(options: SearchOptions) -> SearchOptions:
 @functools.partial(jax.jit, static_argnames=("format", "options"))
 def search(
     W: Float[Array, "out in"],
-    H: Float[Array, "in in"],
+    H: Float[Array, "in in"] | Metric,
     key: Array,
     *,
     format: Format,
@@ -115,19 +112,23 @@ def search(
 
     Stats hold an error for every round asked for, those not run repeat the last; `damping` is NaN if the Hessian
     could not be factorized.
+
+    Raises:
+        ValueError: a metric was made for another shape, or with other options.
     """
-    W, unit = to_unit(_live(W, H))
-    H, _ = to_unit(H)
+    metric = H if isinstance(H, Metric) else factorize(H, damping=options.damping, permute=format.permute)
+    _check_metric(metric, format, options)
+    W, unit = to_unit(_live(W, metric.dead))
     segments, slot_columns = arrange(format)
-    problem = prepare(W, H, options.damping, slot_columns, normalize=format.normalize, permute=format.permute)
+    problem = prepare(W, metric, slot_columns, normalize=format.normalize)
     factorized = jnp.isfinite(problem.U).all()
     stats = {
         "damping": jnp.where(factorized, problem.damping, jnp.nan),
-        "dead_columns": problem.dead.sum(),
+        "dead_columns": metric.dead.sum(),
     }
 
     def error(codes: tuple[Codes, ...]) -> Float[Array, ""]:
-        return _relative_error(W, H, problem, codes, segments, slot_columns)
+        return _relative_error(W, metric.H, problem, codes, segments, slot_columns)
 
     codes = initial_codebooks(problem, segments, key, options)
     stats["error_kmeans"] = error(assign(problem.W, codes, segments))
@@ -144,22 +145,16 @@ def search(
     return _scaled(array, unit), stats
 
 
-def to_unit(x: Float[Array, "a b"]) -> tuple[Float[Array, "a b"], Float[Array, ""]]:
-    """A matrix in float32 with its largest entry between 1 and 4, and the power of four that was divided out.
-
-    Every step of the search scales with weight and Hessian, so that its result does not depend on their units, but
-    squares and products of large or small ones would leave float32. Dividing by a power of four is exact, and so is
-    the root of one, which a Cholesky factor takes.
-    """
-    x = x.astype(jnp.float32)
-    _, exponent = jnp.frexp(jnp.abs(x).max())
-    unit = jnp.ldexp(jnp.float32(1), jnp.clip((exponent - 1) // 2 * 2, -126, 126))
-    return x / unit, unit
+def _check_metric(metric: Metric, format: Format, options: SearchOptions) -> None:
+    found = metric.H.shape[-1], metric.damping, metric.permute
+    expected = format.in_features, options.damping, format.permute
+    if found != expected:
+        raise ValueError(f"the metric has (in_features, damping, permute) = {found}; expected {expected}")
 
 
-def _live(W: Float[Array, "out in"], H: Float[Array, "in in"]) -> Float[Array, "out in"]:
+def _live(W: Float[Array, "out in"], dead: Bool[Array, " in"]) -> Float[Array, "out in"]:
     """The weight without the columns of dead inputs, which must not set its unit."""
-    return jnp.where(jnp.diag(H) > 0, W, 0)
+    return jnp.where(dead, 0, W)
 
 
 def _scaled(array: VQArray, factor: Float[Array, ""]) -> VQArray:
@@ -222,7 +217,7 @@ _ROUNDING, _NEGLIGIBLE = 1.01, 1e-6
 @jax.jit
 def stored_error(array: VQArray, W: Float[Array, "out in"], H: Float[Array, "in in"]) -> Float[Array, ""]:
     """tr(E H E^T) / tr(W H W^T) of a quantized weight as it is."""
-    W, unit = to_unit(_live(W, H))
+    W, unit = to_unit(_live(W, jnp.diag(H) <= 0))
     H, _ = to_unit(H)
     error = (_scaled(jax.tree.map(_widened, array), 1 / unit).dequantize() - W).T
     return proxy_loss(error, H) / jnp.maximum(proxy_loss(W.T, H), jnp.finfo(jnp.float32).tiny)
@@ -263,13 +258,12 @@ def _refine(
     return state[1], jnp.maximum(state[0] - 1, 0), state[4]
 
 
-def _checked_format(W: Array, H: Array, spec: VQSpec, name: str) -> Format:
+def _checked_format(W: Array, spec: VQSpec, name: str) -> Format:
     if W.ndim != 2:
         raise ValueError(f"{name}: the weight has shape {tuple(W.shape)}; expected [out_features, in_features]")
     if not jnp.issubdtype(W.dtype, jnp.floating):
         raise ValueError(f"{name}: the weight has dtype {W.dtype}; expected a floating-point dtype")
     out_features, in_features = W.shape
-    check_hessian(H, in_features, name)
     if not bool(jnp.isfinite(W).all()):
         raise ValueError(f"{name}: the weight holds NaN or infinite values")
     try:
@@ -296,42 +290,33 @@ def check_centroids(format: Format) -> None:
                 )
 
 
-def prepare(
-    W: Float[Array, "out in"],
-    H: Float[Array, "in in"],
-    damping: float,
-    slot_columns: np.ndarray,
-    *,
-    normalize: bool,
-    permute: bool,
-) -> Problem:
-    """Regularizes, normalizes, permutes and lays out one weight and its Hessian."""
-    H, dead = regularize(H, damping)
-    W = jnp.where(dead, 0, W)
+def prepare(W: Float[Array, "out in"], metric: Metric, slot_columns: np.ndarray, *, normalize: bool) -> Problem:
+    """Normalizes and permutes one weight, dead inputs zeroed, and lays it out with its metric."""
+    W = _live(W, metric.dead)
     scale, offset = normalization(W) if normalize else (jnp.ones(W.shape[1]), jnp.zeros(W.shape[1]))
-    diagonal = jnp.diag(H)
-    perm = jnp.argsort(-jnp.where(dead, 0, diagonal), stable=True) if permute else jnp.arange(W.shape[1])
-    H = H[perm][:, perm]
-    U, extra = inverse_factor(H)
+    H, perm = metric.regularized, metric.perm
 
     filled, columns = slot_columns >= 0, np.maximum(slot_columns, 0)
     both = filled[:, None] & filled[None, :]
     slot_scale = scale[perm][columns]
     slot_W = ((W - offset) / scale).T[perm][columns]
     eye = jnp.eye(len(slot_columns), dtype=jnp.float32)
-    slot_U = U[columns][:, columns]
-    slot_H = (H + extra * diagonal.mean() * jnp.eye(len(H)))[columns][:, columns] * slot_scale * slot_scale[:, None]
+    slot_U = metric.U[columns][:, columns]
+    slot_H = (
+        (H + metric.extra * jnp.diag(H).mean() * jnp.eye(len(H)))[columns][:, columns]
+        * slot_scale
+        * slot_scale[:, None]
+    )
     return Problem(
         W=jnp.where(filled[:, None], slot_W, 0),
         H=jnp.where(both, slot_H, 0),
         # (S H S)^-1 = (U S^-1)^T (U S^-1): the scale never enters the factorization.
         U=jnp.where(both, slot_U / slot_scale, eye),
-        importance=jnp.where(filled & ~dead[perm][columns], compensated_cost(slot_U), 0),
+        importance=jnp.where(filled & ~metric.dead[perm][columns], compensated_cost(slot_U), 0),
         scale=scale,
         offset=offset,
         perm=perm,
-        dead=dead,
-        damping=damping + extra,
+        damping=metric.damping + metric.extra,
     )
 
 
