@@ -77,6 +77,7 @@ class Runner:
     def __exit__(self, *_):
         self._process.stdin.close()
         self._process.wait(30)
+        self._process.stdout.close()
 
     def run(self, **case) -> Done:
         """Runs a case as `zygote.py` describes it."""
