@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from vptq_jax.pallas.vq_matmul.api import vq_matmul as matmul  # noqa: F401
     from vptq_jax.pallas.vq_matmul.packed import Packed as Packed
     from vptq_jax.quantization.search import quantize_weight as quantize_weight
+    from vptq_jax.quantization.search import search as search
     from vptq_jax.spec import QuantConfig as QuantConfig
     from vptq_jax.spec import SearchOptions as SearchOptions
     from vptq_jax.spec import VQSpec as VQSpec
@@ -89,6 +90,7 @@ _HOME = {
     "quantize": "lm.quantizer",
     "quantize_weight": "quantization.search",
     "save": "convert.checkpoint",
+    "search": "quantization.search",
     "stream": "lm.generation",
     "trainable": "nn.forms",
     "unpack": "nn.forms",
