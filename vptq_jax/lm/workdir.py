@@ -57,7 +57,11 @@ class WorkDir:
         self._lock = _take_lock(self.directory)
         self._stored: dict[str, Any] | None = None
         if _RUN in names:
-            self._stored = _read_object(self.directory / _RUN)
+            try:
+                self._stored = _read_object(self.directory / _RUN)
+            except BaseException:
+                self.close()
+                raise
         for name in names:
             if _LEFTOVER.fullmatch(name):
                 (self.directory / name).unlink(missing_ok=True)
