@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vptq_jax.format import Format as Format
     from vptq_jax.lm.config import ModelConfig as ModelConfig
     from vptq_jax.lm.decoder import Decoder as Decoder
+    from vptq_jax.lm.divergence import Divergence as Divergence
+    from vptq_jax.lm.divergence import divergence as divergence
     from vptq_jax.lm.evaluation import Perplexity as Perplexity
     from vptq_jax.lm.evaluation import perplexity as perplexity
     from vptq_jax.lm.generation import GenerationResult as GenerationResult
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from vptq_jax.lm.registry import build as build
     from vptq_jax.lm.report import QuantReport as QuantReport
     from vptq_jax.lm.sampling import Sampling as Sampling
+    from vptq_jax.lm.self_text import self_text as self_text
     from vptq_jax.lm.streamed import StreamedModel as StreamedModel
     from vptq_jax.nn.forms import Rounding as Rounding
     from vptq_jax.nn.forms import pack as pack
@@ -54,9 +57,13 @@ if TYPE_CHECKING:
     from vptq_jax.spec import QuantConfig as QuantConfig
     from vptq_jax.spec import SearchOptions as SearchOptions
     from vptq_jax.spec import VQSpec as VQSpec
+    from vptq_jax.tune.config import TuneConfig as TuneConfig
+    from vptq_jax.tune.distill import TuneHistory as TuneHistory
+    from vptq_jax.tune.distill import distill as distill
 
 _HOME = {
     "Decoder": "lm.decoder",
+    "Divergence": "lm.divergence",
     "Format": "format",
     "GenerationResult": "lm.generation",
     "Hessians": "nn.hessians",
@@ -72,6 +79,8 @@ _HOME = {
     "Sampling": "lm.sampling",
     "SearchOptions": "spec",
     "StreamedModel": "lm.streamed",
+    "TuneConfig": "tune.config",
+    "TuneHistory": "tune.distill",
     "VQArray": "array",
     "VQLinear": "nn.linear",
     "VQParam": "nn.linear",
@@ -79,6 +88,8 @@ _HOME = {
     "build": "lm.registry",
     "chat_prompt": "lm.generation",
     "collect_hessians": "lm.hessians",
+    "distill": "tune.distill",
+    "divergence": "lm.divergence",
     "generate": "lm.generation",
     "load": "convert.loading",
     "load_hessians": "convert.hessian_files",
@@ -91,6 +102,7 @@ _HOME = {
     "quantize_weight": "quantization.search",
     "save": "convert.checkpoint",
     "search": "quantization.search",
+    "self_text": "lm.self_text",
     "stream": "lm.generation",
     "trainable": "nn.forms",
     "unpack": "nn.forms",

@@ -1,0 +1,1 @@
+"""Tuning of quantized models: codebooks, scales, offsets and norms learn, indices stay."""

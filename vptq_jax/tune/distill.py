@@ -1,0 +1,225 @@
+"""`distill`: a quantized model learns to predict what its teacher predicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from vptq_jax.extras import progress_bar
+from vptq_jax.lm.activations import Tokens, check_batches
+from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.divergence import check_same_vocabulary
+from vptq_jax.lm.language_model import LanguageModel
+from vptq_jax.nn.forms import cast, trainable
+from vptq_jax.tune.config import DEFAULTS, TuneConfig
+from vptq_jax.tune.leaves import Leaves
+from vptq_jax.tune.student import Student, Teacher
+
+_HELD_OUT = 64  # rows at most
+_CHECKED = 10  # steps between looks at the loss, for which the host waits
+_DIVERGED = 3.0  # times the first loss
+
+
+class TuningWarning(UserWarning):
+    """A run ended before its time; what it returns is the best that it had."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneHistory:
+    """What happened in a run.
+
+    Attributes:
+        rows: one for every evaluation, the first before any step: `step`, `tokens` so far, `seconds` since the first
+            step began, held-out `kl` and `top1` (`divergence.Divergence`), `loss` (mean since the evaluation before;
+            None for the first) and the `learning_rate` of the last step.
+        best: the row whose leaves were returned.
+        tokens_per_second: from the second evaluation on, so that compiling does not count; 0 if there was none.
+        stopped: why the run ended before its time, or None.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    best: int
+    tokens_per_second: float
+    stopped: str | None = None
+
+
+def distill(
+    student: LanguageModel | Decoder,
+    teacher: LanguageModel | Decoder,
+    batches: Iterable[Tokens],
+    config: TuneConfig = DEFAULTS,
+    *,
+    held_out: Int[np.ndarray, "n T"] | None = None,
+    progress: bool = False,
+) -> tuple[Any, TuneHistory]:
+    """Trains a quantized model's codebooks, scales, offsets, biases and norms on KL(teacher || student).
+
+    Indices, embedding and output projection stay, so that the model takes the bits that it took. Adam (0.9, 0.95)
+    without decay; a step is in units of each leaf (`TuneConfig.learning_rate`).
+
+    Args:
+        student: with quantized layers, packed or not; stays as it is.
+        teacher: such as the model that the student was made from; stays as it is.
+        batches: token ids [B, T] each, one a step; best of the teacher's own text (`self_text`).
+        config: the options.
+        held_out: rows [n, T] to score; None takes them from the last batches, which then are not trained on: a
+            sixteenth of all rows, 64 at most.
+        progress: show a bar.
+
+    Returns:
+        (the student as it scored best, of the kind that was given, codebooks in float32 as `trainable` makes them;
+        the history). A run whose loss is not finite or grows threefold ends early, with a `TuningWarning`.
+
+    Raises:
+        ValueError: before work starts: the student has no quantized layer, the vocabularies differ, or batches are
+            unusable or too few to hold any out, or the divergence is not finite before the first step.
+    """
+    lm = LanguageModel.of(student)
+    module, master = trainable(lm.module), LanguageModel.of(teacher).module
+    check_same_vocabulary(module, master)
+    if not any(path.startswith("model.layers.") for path in module.quantized_layers()):
+        raise ValueError("the student has no quantized layer in its blocks; expected what quantize returned")
+    train = list(check_batches(batches, module.config.vocab_size))
+    if held_out is None:
+        train, held_out = _split(train)
+    else:
+        (held_out,) = check_batches([held_out], module.config.vocab_size)
+    run = _Run(module, master, config, held_out)
+    history = run.train(train, progress)
+    if history.stopped:
+        warnings.warn(history.stopped, TuningWarning, stacklevel=2)
+    tuned = run.student.tuned(run.best)
+    return (tuned if isinstance(student, Decoder) else dataclasses.replace(lm, module=tuned)), history
+
+
+def _split(batches: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
+    """Batches to train on, and the last rows, which are not."""
+    rows = sum(map(len, batches))
+    wanted = min(_HELD_OUT, max(1, rows // 16))
+    kept, parts = list(batches), []
+    while kept and sum(map(len, parts)) < wanted:
+        parts.append(kept.pop())
+    if not kept:
+        raise ValueError(f"there are {rows} rows of text in {len(batches)} batches; too few to train and to hold out")
+    length = min(part.shape[1] for part in parts)
+    return kept, np.concatenate([part[:, :length] for part in parts])[:wanted]
+
+
+class _Run:
+    """The state of one run: student and teacher, the best leaves and the rows of the history."""
+
+    def __init__(self, module: Decoder, teacher: Decoder, config: TuneConfig, held_out: np.ndarray):
+        self.config, self.held_out = config, held_out
+        self.student, self.teacher = Student(module, config.dtype), Teacher(cast(teacher, config.dtype))
+        self.start = self.sizes(self.student.leaves)
+        self.rows: list[dict[str, Any]] = []
+        self.best = self.copy()
+
+    def train(self, batches: list[np.ndarray], progress: bool) -> TuneHistory:
+        """Takes all steps, or stops early."""
+        steps = _steps(batches, self.config.tokens)
+        marks = {round(steps * i / self.config.evaluations) for i in range(1, self.config.evaluations + 1)} - {0}
+        self.evaluate(0, 0, 0.0, None, 0.0)
+        if not np.isfinite(self.rows[0]["kl"]):
+            raise ValueError(
+                "the divergence of the student from its teacher is not finite before the first step; one of their "
+                "tensors probably holds NaN or infinite values"
+            )
+        begin, tokens, waiting, losses, stopped = time.perf_counter(), 0, [], [], None
+        with progress_bar(progress, total=steps, desc="Tuning", unit="step") as bar:
+            for step in range(1, steps + 1):
+                batch = batches[(step - 1) % len(batches)]
+                rate = self.rate(step, steps)
+                waiting.append(self.student.step(jnp.asarray(batch), self.teacher, rate))
+                tokens += batch.size
+                if len(waiting) >= _CHECKED or step in marks:
+                    fresh = [float(x) for x in jax.device_get(waiting)]
+                    stopped = self.problem(fresh, step - len(fresh) + 1)
+                    losses, waiting = losses + fresh, []
+                if step in marks or stopped:
+                    self.evaluate(step, tokens, time.perf_counter() - begin, float(np.mean(losses)), rate)
+                    bar.set_postfix_str(f"KL {self.rows[-1]['kl']:.4f}")
+                    losses = []
+                bar.update()
+                if stopped:
+                    break
+        return self.history(stopped)
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted from 1."""
+        cosine = 0.5 + 0.5 * np.cos(np.pi * (step - 1) / steps)
+        return float(self.config.learning_rate * min(step / self.config.warmup_steps, cosine))
+
+    def evaluate(self, step: int, tokens: int, seconds: float, loss: float | None, rate: float) -> None:
+        """Scores the leaves on held-out text, and keeps them if they are the best."""
+        size = max(1, len(self.held_out) // 8)
+        scores, weights = [], []
+        for at in range(0, len(self.held_out), size):
+            rows = self.held_out[at : at + size]
+            scores.append(self.student.score(jnp.asarray(rows), self.teacher))
+            weights.append(len(rows))
+        kl, top1 = np.average(np.array(jax.device_get(scores)), axis=0, weights=weights)
+        row = {"step": step, "tokens": tokens, "seconds": seconds, "kl": float(kl), "top1": float(top1)}
+        best = min((row["kl"] for row in self.rows), default=np.inf)
+        self.rows.append(row | {"loss": loss, "learning_rate": rate})
+        if kl < best:
+            self.best = self.copy()
+
+    def copy(self) -> list[Leaves]:
+        """The leaves as they are now; the next step donates them."""
+        return jax.tree.map(jnp.array, self.student.leaves)
+
+    def sizes(self, leaves: list[Leaves]) -> dict[str, float]:
+        """The root mean square of every leaf, by its path in the model."""
+        names = [f"layers.{index}." for index in range(len(leaves) - 1)] + [""]
+        found = jax.device_get([_sizes(part) for part in leaves])
+        return {start + name: float(x) for start, part in zip(names, found, strict=True) for name, x in part.items()}
+
+    def problem(self, losses: list[float], first: int) -> str | None:
+        """Why the run must end, given the losses of the last steps, or None."""
+        broken = next((i for i, loss in enumerate(losses) if not np.isfinite(loss)), None)
+        if broken is not None:
+            sizes = self.sizes(self.best)
+            grown = max(sizes, key=lambda name: sizes[name] / max(self.start[name], 1e-30))
+            return (
+                f"the loss of step {first + broken} is {losses[broken]}; the leaf that had grown most by the last good "
+                f"evaluation is {grown}. Take a lower learning rate than {self.config.learning_rate:g}; what is "
+                "returned is the best so far"
+            )
+        before = self.rows[0]["kl"]
+        if np.mean(losses) > _DIVERGED * before:
+            return (
+                f"the loss rose to {np.mean(losses):.3g} by step {first + len(losses) - 1}, from {before:.3g} before "
+                f"the first: it diverges. Take a lower learning rate than {self.config.learning_rate:g}; what is "
+                "returned is the best so far"
+            )
+        return None
+
+    def history(self, stopped: str | None) -> TuneHistory:
+        """The rows so far."""
+        best = int(np.nanargmin([row["kl"] for row in self.rows]))
+        speed = 0.0
+        if len(self.rows) > 2:
+            first, last = self.rows[1], self.rows[-1]
+            speed = (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
+        return TuneHistory(tuple(self.rows), best, speed, stopped)
+
+
+def _steps(batches: list[np.ndarray], tokens: int) -> int:
+    """Steps until so many tokens have been seen, at least one."""
+    sizes = np.array([batch.size for batch in batches])
+    whole, rest = divmod(tokens, int(sizes.sum()))
+    return max(1, whole * len(batches) + int(np.searchsorted(np.cumsum(sizes), rest, side="right")))
+
+
+@jax.jit
+def _sizes(leaves: Leaves) -> Leaves:
+    return jax.tree.map(lambda x: jnp.sqrt(jnp.mean(jnp.square(x))), leaves)
