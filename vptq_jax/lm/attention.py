@@ -54,11 +54,10 @@ class Attention(nnx.Module):
         return self._out(attend(q, k, v, at.positions, at.positions, self.window))
 
     def prefill(
-        self, x: Float[Array, "B T hidden"] | Unnormalized, at: Rotary, start: Int[Array, "B"], capacity: int
+        self, x: Float[Array, "B T hidden"] | Unnormalized, at: Rotary, start: Int[Array, "B"], size: int
     ) -> tuple[Float[Array, "B T hidden"], LayerCache]:
-        """As the call, and the cache that holds this prompt."""
+        """As the call, and the cache of `size` slots that holds this prompt."""
         q, k, v = self._heads(x, at)
-        size = capacity if self.window is None else min(capacity, self.window)
         y = self._out(attend(q, k, v, at.positions, at.positions, self.window))
         return y, LayerCache.from_prompt(k, v, start, size)
 
@@ -70,6 +69,20 @@ class Attention(nnx.Module):
         cache, key_positions = cache.append(k, v)
         seen = visible(at.positions, key_positions, self.window)[:, 0]
         return self._out(decode_attention(q[:, 0], cache.keys, cache.values, seen)[:, None]), cache
+
+    def extend(
+        self, x: Float[Array, "B T hidden"] | Unnormalized, at: Rotary, cache: LayerCache, length: Int[Array, ""]
+    ) -> tuple[Float[Array, "B T hidden"], LayerCache]:
+        """`length` more tokens a row, against the cache and one another; those beyond are padding."""
+        q, k, v = self._heads(x, at)
+        # In a ring the new keys push out keys that the first of the new tokens still see: both are there side by side.
+        keys, values = (
+            jnp.concatenate([held, new.astype(held.dtype)], axis=2)
+            for held, new in ((cache.keys, k), (cache.values, v))
+        )
+        key_positions = jnp.concatenate([cache.positions(), at.positions], axis=1)
+        y = self._out(attend(q, keys, values, at.positions, key_positions, self.window))
+        return y, cache.extend(k, v, length)
 
     def _out(self, heads: Float[Array, "B T N D"]) -> Float[Array, "B T hidden"]:
         return self.o_proj(heads.reshape(*heads.shape[:2], -1))

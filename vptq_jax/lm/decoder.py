@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from vptq_jax.lm.arch import Norms
 from vptq_jax.lm.attention import Attention
-from vptq_jax.lm.cache import KVCache, LayerCache
+from vptq_jax.lm.cache import KVCache, LayerCache, cache_sizes
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.norm import RMSNorm, make_norm
 from vptq_jax.lm.params import ParamSource
@@ -71,14 +71,19 @@ class Block(nnx.Module):
         """The whole rows at once; `at` from `Decoder.rotary`."""
         return self._finish(h, self.self_attn(self._before(self.attention_norms, h), at))
 
-    def prefill(self, h: Array, at: Rotary, start: Array, capacity: int) -> tuple[Array, LayerCache]:
-        """As the call, and the layer's cache."""
-        y, cache = self.self_attn.prefill(self._before(self.attention_norms, h), at, start, capacity)
+    def prefill(self, h: Array, at: Rotary, start: Array, size: int) -> tuple[Array, LayerCache]:
+        """As the call, and the layer's cache of `size` slots."""
+        y, cache = self.self_attn.prefill(self._before(self.attention_norms, h), at, start, size)
         return self._finish(h, y), cache
 
     def step(self, h: Array, at: Rotary, cache: LayerCache) -> tuple[Array, LayerCache]:
         """One token a row, against the cache."""
         y, cache = self.self_attn.step(self._before(self.attention_norms, h), at, cache)
+        return self._finish(h, y), cache
+
+    def extend(self, h: Array, at: Rotary, cache: LayerCache, length: Array) -> tuple[Array, LayerCache]:
+        """`length` tokens a row, against the cache and one another."""
+        y, cache = self.self_attn.extend(self._before(self.attention_norms, h), at, cache, length)
         return self._finish(h, y), cache
 
     def places(self) -> Iterator[tuple[str, nnx.Module, str]]:
@@ -181,7 +186,7 @@ class Decoder(nnx.Module):
         return _logits(self.norm, layer, h, soft_cap=self.config.final_logit_softcapping)
 
     def prefill(
-        self, tokens: Int[Array, "B T"], start: Int[Array, "B"], *, capacity: int
+        self, tokens: Int[Array, "B T"], start: Int[Array, "B"], *, capacity: int, spare: int = 0
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Reads prompts that are padded on the left.
 
@@ -189,6 +194,8 @@ class Decoder(nnx.Module):
             tokens: int32 [B, T]; columns before `start` are padding and may hold any valid id.
             start: first column of each row's prompt.
             capacity: slots of the cache, at least T; static.
+            spare: slots of a layer with a sliding window beyond that window: so many tokens can be taken back however
+                long the text; static.
 
         Returns:
             logits of the token after each prompt, and the cache with `capacity` slots.
@@ -196,8 +203,8 @@ class Decoder(nnx.Module):
         at = self.rotary(jnp.arange(tokens.shape[1])[None, :] - start[:, None])
         h = self.embed(tokens)
         caches = []
-        for block in self.layers:
-            h, cache = block.prefill(h, at, start, capacity)
+        for block, size in zip(self.layers, cache_sizes(self.config, capacity, spare), strict=True):
+            h, cache = block.prefill(h, at, start, size)
             caches.append(cache)
         return self.head(h[:, -1:])[:, 0], KVCache.of(caches)
 
@@ -210,6 +217,30 @@ class Decoder(nnx.Module):
             h, layer = block.step(h, at, cache.layer(index))
             caches.append(layer)
         return self.head(h)[:, 0], KVCache.of(caches)
+
+    def extend(
+        self, tokens: Int[Array, "B T"], length: Int[Array, ""], cache: KVCache
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Appends several tokens a row at once.
+
+        Args:
+            tokens: int32 [B, T]; columns from `length` on are padding and may hold any valid id.
+            length: how many are to be read, 1 to T; may be traced.
+            cache: what was read before, with room: its layers without a window have at least `slot + length` slots.
+
+        Returns:
+            logits of the token after the last one read, and the cache, as of which nothing of the padding is seen.
+        """
+        new = jnp.arange(tokens.shape[1])
+        positions = jnp.where(new < length, cache.slot + new - cache.start[:, None], -1)
+        at = self.rotary(positions)
+        h = self.embed(tokens)
+        caches = []
+        for index, block in enumerate(self.layers):
+            h, layer = block.extend(h, at, cache.layer(index), length)
+            caches.append(layer)
+        last = jax.lax.dynamic_slice_in_dim(h, length - 1, 1, axis=1)
+        return self.head(last)[:, 0], KVCache.of(caches)
 
     def linears(self) -> dict[str, Linear | VQLinear]:
         """The decoder's linear layers in forward order, by Hugging Face module path."""
