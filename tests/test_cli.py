@@ -15,6 +15,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from vptq_jax import cli
+from vptq_jax.convert.loading import load
+from vptq_jax.lm.generation import chat_prompt, generate, stream
 from vptq_jax.lm.sampling import Sampling
 from vptq_jax.spec import SearchOptions
 
@@ -195,8 +197,27 @@ def test_chat_with_one_message(run, quantized):
 
 
 def test_chat_remembers_and_ends_at_the_end_of_input(run, quantized, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("the fox\nthe dog\n"))
-    assert run("chat", quantized, "--max-new-tokens", "3").code == 0
+    prompts, caches, messages, answers = [], [], [], []
+
+    def streamed(model, prompt, **options):
+        prompts.append(prompt)
+        caches.append(options["prompt_cache"])
+        return stream(model, prompt, **options)
+
+    monkeypatch.setattr("vptq_jax.lm.generation.stream", streamed)
+    monkeypatch.setattr("sys.stdin", io.StringIO("the fox\nthe dog\nthe fox\n"))
+    outcome = run("chat", quantized, "--max-new-tokens", "3")
+    assert outcome.code == 0
+    assert len(set(map(id, caches))) == 1
+    model = load(quantized)
+    for question in ("the fox", "the dog", "the fox"):
+        messages.append({"role": "user", "content": question})
+        prompt = chat_prompt(model, messages)
+        answers.append(generate(model, prompt, max_new_tokens=3, sampling=Sampling(repetition_penalty=1.1)))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    assert prompts[-1] == prompt
+    assert outcome.out == "".join(f"{answer}\n" for answer in answers)
+    assert caches[0].tokens[: len(prompt)] == prompt
 
 
 class Terminal(io.StringIO):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vptq_jax.lm.generation import stream as stream
     from vptq_jax.lm.hessians import collect_hessians as collect_hessians
     from vptq_jax.lm.language_model import LanguageModel as LanguageModel
+    from vptq_jax.lm.prompt_cache import PromptCache as PromptCache
     from vptq_jax.lm.quantizer import quantize as quantize
     from vptq_jax.lm.registry import build as build
     from vptq_jax.lm.report import QuantReport as QuantReport
@@ -73,6 +74,7 @@ _HOME = {
     "ModelConfig": "lm.config",
     "Packed": "pallas.vq_matmul.packed",
     "Perplexity": "lm.evaluation",
+    "PromptCache": "lm.prompt_cache",
     "QuantConfig": "spec",
     "QuantReport": "lm.report",
     "Rounding": "nn.forms",

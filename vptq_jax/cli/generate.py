@@ -89,6 +89,7 @@ def chat(
         vptq-jax chat out --message "What is a codebook?" --temperature 0.7
     """
     from vptq_jax.lm.generation import ContextFull, stream
+    from vptq_jax.lm.prompt_cache import PromptCache
 
     if message is not None and not message.strip():
         raise ValueError("the message is empty; expected some text")
@@ -97,6 +98,7 @@ def chat(
     loaded = common.load_model(model, dtype)
     common.tokenizer_of(loaded, model)
     messages = [{"role": "system", "content": system}] if system else []
+    prompt_cache = PromptCache()
     if message is None:
         common.log.print("An empty line ends the conversation.", style="dim")
     for question in _questions() if message is None else [message]:
@@ -110,7 +112,7 @@ def chat(
             common.log.print(str(error), style="yellow", highlight=False)
             continue
         answer = ""
-        for piece in stream(loaded, ids, max_new_tokens=max_new_tokens, sampling=sampling):
+        for piece in stream(loaded, ids, max_new_tokens=max_new_tokens, sampling=sampling, prompt_cache=prompt_cache):
             answer += piece
             if not json:
                 print(shown(piece), end="", flush=True)

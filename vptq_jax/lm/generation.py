@@ -6,6 +6,7 @@ for greedy decoding and once for sampling; never per batch size, prompt length, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from vptq_jax.lm.cache import KVCache
+from vptq_jax.lm.cache import KVCache, cache_sizes
 from vptq_jax.lm.chat import conversation_text
 from vptq_jax.lm.decoder import Decoder, check_tokens
 from vptq_jax.lm.diagnose import first_nonfinite
 from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.next_token import SamplingArrays, next_token
+from vptq_jax.lm.prompt_cache import RING_SPARE, Call, PromptCache, Reading
 from vptq_jax.lm.sampling import GREEDY, Sampling
 from vptq_jax.lm.tokens import TextStream, encode
 from vptq_jax.meshes import as_automatic
@@ -53,6 +55,7 @@ class GenerationResult:
         texts: the continuation of each prompt; None when the model has no tokenizer.
         tokens: token ids of each continuation, without the stop token.
         prompt_tokens: length of each prompt.
+        prompt_tokens_read: how many of those were read: all, or those that a prompt cache did not hold.
         finish_reasons: `stop` (a stop token came), `length` (max_new_tokens reached) or
             `context` (the model's context is full).
         prefill_seconds: reading the prompts and choosing the first token; a first call compiles here.
@@ -64,6 +67,7 @@ class GenerationResult:
     texts: list[str] | None
     tokens: list[list[int]]
     prompt_tokens: list[int]
+    prompt_tokens_read: list[int]
     finish_reasons: list[FinishReason]
     prefill_seconds: float
     decode_seconds: float
@@ -83,6 +87,7 @@ def generate(
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
     stop_tokens: Sequence[int | str] | None = None,
+    prompt_cache: PromptCache | None = None,
     return_result: bool = False,
 ) -> str | list[str] | list[int] | list[list[int]] | GenerationResult:
     """Continues one prompt, or a batch of prompts of different lengths.
@@ -95,6 +100,8 @@ def generate(
         sampling: how tokens are chosen; by default the most likely one each time. The same settings and prompts give
             the same tokens.
         stop_tokens: ids or tokens that end a row; None takes the model's own, `()` none.
+        prompt_cache: what earlier calls have read of the same conversation, for one prompt; this call goes on from it
+            and leaves its own there.
         return_result: return a `GenerationResult` instead.
 
     Returns:
@@ -103,11 +110,12 @@ def generate(
 
     Raises:
         ValueError: no prompt or an empty one, a prompt that fills the context, max_new_tokens
-            below 1, a token id outside the vocabulary, text without a tokenizer, or logits that are
-            not finite.
+            below 1, a token id outside the vocabulary, text without a tokenizer, a prompt cache with several prompts,
+            or logits that are not finite.
+        RuntimeError: another call took the prompt cache over.
     """
     lm, single = LanguageModel.of(model), _is_single(prompts)
-    run = _Run.start(lm, [prompts] if single else prompts, max_new_tokens, sampling, stop_tokens)
+    run = _Run.start(lm, [prompts] if single else prompts, max_new_tokens, sampling, stop_tokens, prompt_cache)
     # No step is taken here: this compiles the loop, so that the time below is that of decoding.
     run.decode(0)
     begin = time.perf_counter()
@@ -126,6 +134,7 @@ def stream(
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
     stop_tokens: Sequence[int | str] | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[str]:
     """Continues one prompt and yields its text in pieces as they are decoded.
 
@@ -138,7 +147,7 @@ def stream(
         raise ValueError("the model has no tokenizer, which streaming text needs; LanguageModel(module, tokenizer) has")
     if not _is_single(prompt):
         raise ValueError("stream continues one prompt; call generate for a batch")
-    return _pieces(_Run.start(lm, [prompt], max_new_tokens, sampling, stop_tokens))
+    return _pieces(_Run.start(lm, [prompt], max_new_tokens, sampling, stop_tokens, prompt_cache))
 
 
 def _pieces(run: _Run) -> Iterator[str]:
@@ -253,7 +262,7 @@ class _Structure:
         return jax.tree.unflatten(self.structure, arrays)
 
 
-@partial(jax.jit, static_argnames=("structure", "capacity", "greedy"))
+@partial(jax.jit, static_argnames=("structure", "capacity", "spare", "greedy"))
 def _prefill(
     structure: _Structure,
     arrays: list[Array],
@@ -262,27 +271,50 @@ def _prefill(
     request: _Request,
     *,
     capacity: int,
+    spare: int,
     greedy: bool,
 ) -> _State:
     model = structure.model(arrays)
-    logits, cache = model.prefill(tokens, start, capacity=capacity)
+    logits, cache = model.prefill(tokens, start, capacity=capacity, spare=spare)
     batch, length = tokens.shape
     rows = jnp.arange(batch)
     real = jnp.arange(length)[None, :] >= start[:, None]
+    seen = jnp.zeros((batch, model.config.vocab_size), bool).at[rows[:, None], tokens].max(real)
+    return _choose(_first_state(cache, seen, request, capacity), logits, request, greedy)
+
+
+@partial(jax.jit, static_argnames=("structure", "capacity", "greedy"), donate_argnames="cache")
+def _extend(
+    structure: _Structure,
+    arrays: list[Array],
+    tokens: Int[Array, "1 T"],
+    length: Int[Array, ""],
+    cache: KVCache,
+    seen: Bool[Array, "1 V"],
+    request: _Request,
+    *,
+    capacity: int,
+    greedy: bool,
+) -> _State:
+    logits, cache = structure.model(arrays).extend(tokens, length, cache)
+    return _choose(_first_state(cache, seen, request, capacity), logits, request, greedy)
+
+
+def _first_state(cache: KVCache, seen: Bool[Array, "B V"], request: _Request, capacity: int) -> _State:
+    """The prompts are read, nothing is chosen."""
+    batch = seen.shape[0]
     none = jnp.zeros(batch, bool)
-    idle = request.limit < 1  # rows that fill the batch up
-    state = _State(
+    return _State(
         cache=cache,
         token=jnp.zeros(batch, jnp.int32),
         count=jnp.int32(0),
         output=jnp.zeros((batch, capacity), jnp.int32),
         length=jnp.zeros(batch, jnp.int32),
-        done=idle,
+        done=request.limit < 1,  # rows that fill the batch up
         stopped=none,
         failed=none,
-        seen=jnp.zeros((batch, model.config.vocab_size), bool).at[rows[:, None], tokens].max(real),
+        seen=seen,
     )
-    return _choose(state, logits, request, greedy)
 
 
 @partial(jax.jit, static_argnames=("structure", "greedy"), donate_argnames="state")
@@ -307,7 +339,7 @@ def _decode(
     return jax.lax.while_loop(going, step, state)
 
 
-_programs = Programs(_prefill, _decode)
+_programs = Programs(_prefill, _extend, _decode)
 
 
 def _choose(state: _State, logits: Array, request: _Request, greedy: bool) -> _State:
@@ -332,7 +364,7 @@ def _choose(state: _State, logits: Array, request: _Request, greedy: bool) -> _S
 
 
 class _Run:
-    """One generation in progress: the host's side of `_prefill` and `_decode`."""
+    """One generation in progress: the host's side of `_prefill`, `_extend` and `_decode`."""
 
     def __init__(
         self,
@@ -341,13 +373,17 @@ class _Run:
         prompts: list[list[int]],
         request: _Request,
         greedy: bool,
+        prompt_cache: PromptCache | None,
     ):
         self.lm, self.model, self.prompts = lm, model, prompts  # the model is the one that runs, perhaps packed
         self.request, self.greedy = request, greedy
         arrays, structure = jax.tree.flatten(model)
         self.arrays = as_automatic(arrays)
         self.structure = _Structure(structure)
+        self.call = None if prompt_cache is None else Call(prompt_cache, self.structure, self.arrays)
         self.state: _State
+        self.first, self.capacity = 0, 0  # first slot with a token, and slots, of the first row
+        self.read = [len(row) for row in prompts]
         self.prefill_seconds = 0.0
 
     @classmethod
@@ -358,27 +394,25 @@ class _Run:
         max_new_tokens: int,
         sampling: Sampling,
         stop_tokens: Sequence[int | str] | None,
+        prompt_cache: PromptCache | None,
     ) -> _Run:
         """Checks everything, then reads the prompts and chooses the first tokens."""
         if not is_integer(max_new_tokens) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {short(max_new_tokens)}; expected a whole number of at least 1")
         if not isinstance(sampling, Sampling):
             raise TypeError(f"sampling is {short(sampling)}; expected a Sampling, such as Sampling(temperature=0.7)")
+        if not isinstance(prompt_cache, PromptCache | None):
+            raise TypeError(f"prompt_cache is {short(prompt_cache)}; expected a PromptCache, or None")
         ids = _prompt_ids(lm, prompts)
+        if prompt_cache is not None and len(ids) > 1:
+            raise ValueError(f"a prompt cache is one conversation's, and there are {len(ids)} prompts; expected one")
         vocab_size, context = lm.config.vocab_size, lm.config.context_length
         stop = _stop_ids(lm, stop_tokens)
         limit = np.minimum(min(max_new_tokens, context), context - np.array([len(row) for row in ids]))
         _programs.make_room()
         begin = time.perf_counter()
-        width = bucket(max(map(len, ids)))
         # Rows up to a power of two, so that few programs serve every batch size; those beyond hold one token.
-        rows = 1 << (len(ids) - 1).bit_length()
-        limit = np.pad(limit, (0, rows - len(ids)))
-        tokens = np.zeros((rows, width), np.int32)
-        start = np.full(rows, width - 1, np.int32)
-        for row, values in enumerate(ids):
-            start[row] = width - len(values)
-            tokens[row, start[row] :] = values
+        limit = np.pad(limit, (0, (1 << (len(ids) - 1).bit_length()) - len(ids)))
         padded_stop = np.full(-(-max(len(stop), 1) // 8) * 8, -1, np.int32)
         padded_stop[: len(stop)] = stop
         request = _Request(
@@ -387,24 +421,85 @@ class _Run:
             SamplingArrays.of(sampling, vocab_size),
             jax.random.key(sampling.seed),
         )
-        capacity = cache_capacity(width + int(limit.max()))
-        run = cls(lm, inference_form(lm.module), ids, request, sampling.greedy)
-        run.prefill(jnp.asarray(tokens), jnp.asarray(start), capacity)
-        run._check()
+        run = cls(lm, inference_form(lm.module), ids, request, sampling.greedy, prompt_cache)
+        run.read_prompts(limit)
         run.prefill_seconds = time.perf_counter() - begin
         return run
 
-    def prefill(self, tokens: Int[Array, "B T"], start: Int[Array, "B"], capacity: int) -> None:
-        """Reads the prompts and chooses the first tokens."""
+    def read_prompts(self, limit: np.ndarray) -> None:
+        """Reads the prompts and chooses the first tokens; `limit` as in `_Request`."""
+        with self._step() as reading:
+            if reading is not None:
+                reading = reading.toward(self.prompts[0], self.model.config)
+            if reading is None:
+                self._read_all(limit)
+            else:
+                self._read_rest(reading, int(limit[0]))
+            self._check()
+
+    def _read_all(self, limit: np.ndarray) -> None:
+        width = bucket(max(map(len, self.prompts)))
+        tokens = np.zeros((len(limit), width), np.int32)
+        start = np.full(len(limit), width - 1, np.int32)
+        for row, values in enumerate(self.prompts):
+            start[row] = width - len(values)
+            tokens[row, start[row] :] = values
+        self.first, self.capacity = int(start[0]), cache_capacity(width + int(limit.max()))
+        # Without a window nothing needs spare slots: the program is then the one of calls without a prompt cache.
+        rings = self.call is not None and self.model.config.sliding_window is not None
         self.state = _prefill(
-            self.structure, self.arrays, tokens, start, self.request, capacity=capacity, greedy=self.greedy
+            self.structure,
+            self.arrays,
+            jnp.asarray(tokens),
+            jnp.asarray(start),
+            self.request,
+            capacity=self.capacity,
+            spare=RING_SPARE if rings else 0,
+            greedy=self.greedy,
+        )
+
+    def _read_rest(self, reading: Reading, limit: int) -> None:
+        """Reads what is not in the cache of the first part."""
+        prompt, config = self.prompts[0], self.model.config
+        new = prompt[len(reading.tokens) :]
+        self.read = [len(new)]
+        self.first, self.capacity, cache = reading.start, reading.capacity, reading.cache
+        slots = self.first + len(prompt)
+        if slots + limit > self.capacity:
+            # The capacities of fresh prompts, so that few programs serve every length.
+            self.capacity = cache_capacity(bucket(slots) + limit)
+            cache = cache.grown(cache_sizes(config, self.capacity, RING_SPARE))
+        tokens = np.full((1, bucket(len(new))), new[-1], np.int32)
+        tokens[0, : len(new)] = new
+        seen = np.zeros((1, config.vocab_size), bool)
+        seen[0, prompt] = True
+        self.state = _extend(
+            self.structure,
+            self.arrays,
+            jnp.asarray(tokens),
+            jnp.int32(len(new)),
+            cache,
+            jnp.asarray(seen),
+            self.request,
+            capacity=self.capacity,
+            greedy=self.greedy,
         )
 
     def decode(self, steps: int) -> None:
         """Takes up to `steps` more steps, fewer when all rows are done."""
         until = self.state.count + jnp.int32(min(steps, self.model.config.context_length))
-        self.state = _decode(self.structure, self.arrays, self.state, self.request, until, greedy=self.greedy)
-        self._check()
+        with self._step():
+            self.state = _decode(self.structure, self.arrays, self.state, self.request, until, greedy=self.greedy)
+            self._check()
+
+    def _step(self) -> contextlib.AbstractContextManager[Reading | None]:
+        """Surrounds all that makes a new state, for the prompt cache to follow."""
+        return contextlib.nullcontext() if self.call is None else self.call.step(self._reading)
+
+    def _reading(self) -> Reading:
+        """What was read and chosen; the last token of all is not in the cache yet."""
+        chosen = np.asarray(self.state.output)[0, : int(self.state.count) - 1].tolist()
+        return Reading([*self.prompts[0], *chosen], self.state.cache, self.first, self.capacity)
 
     def _check(self) -> None:
         failed = np.flatnonzero(self.state.failed)
@@ -446,6 +541,7 @@ class _Run:
             texts=None if self.lm.tokenizer is None else self.texts(),
             tokens=self.tokens(),
             prompt_tokens=[len(prompt) for prompt in self.prompts],
+            prompt_tokens_read=self.read,
             finish_reasons=[
                 "stop" if end else "context" if length == room else "length"
                 for end, length, room in zip(stopped, lengths, rooms, strict=True)
