@@ -30,6 +30,7 @@ from vptq_jax.lm.tokens import TextStream, encode
 from vptq_jax.meshes import as_automatic
 from vptq_jax.nn.inference import inference_form
 from vptq_jax.nn.linear import Linear, VQLinear
+from vptq_jax.nn.structure import Structure
 from vptq_jax.pallas import dispatch
 from vptq_jax.programs import Programs
 from vptq_jax.schema import is_integer, short
@@ -242,29 +243,9 @@ class _State:
     seen: Bool[Array, "B V"]
 
 
-class _Structure:
-    """A model without its arrays, as a static argument that is compared by identity before all else.
-
-    Flattening a large model takes as long as a few tokens, so that it is done once and not for every chunk of them.
-    """
-
-    def __init__(self, structure: Any):
-        self.structure, self._hash = structure, hash(structure)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Structure) and self.structure == other.structure)
-
-    def model(self, arrays: list[Array]) -> Decoder:
-        """The model with arrays in it."""
-        return jax.tree.unflatten(self.structure, arrays)
-
-
 @partial(jax.jit, static_argnames=("structure", "capacity", "spare", "greedy"))
 def _prefill(
-    structure: _Structure,
+    structure: Structure,
     arrays: list[Array],
     tokens: Int[Array, "B T"],
     start: Int[Array, "B"],
@@ -274,7 +255,7 @@ def _prefill(
     spare: int,
     greedy: bool,
 ) -> _State:
-    model = structure.model(arrays)
+    model = structure.module(arrays)
     logits, cache = model.prefill(tokens, start, capacity=capacity, spare=spare)
     batch, length = tokens.shape
     rows = jnp.arange(batch)
@@ -285,7 +266,7 @@ def _prefill(
 
 @partial(jax.jit, static_argnames=("structure", "capacity", "greedy"), donate_argnames="cache")
 def _extend(
-    structure: _Structure,
+    structure: Structure,
     arrays: list[Array],
     tokens: Int[Array, "1 T"],
     length: Int[Array, ""],
@@ -296,7 +277,7 @@ def _extend(
     capacity: int,
     greedy: bool,
 ) -> _State:
-    logits, cache = structure.model(arrays).extend(tokens, length, cache)
+    logits, cache = structure.module(arrays).extend(tokens, length, cache)
     return _choose(_first_state(cache, seen, request, capacity), logits, request, greedy)
 
 
@@ -319,7 +300,7 @@ def _first_state(cache: KVCache, seen: Bool[Array, "B V"], request: _Request, ca
 
 @partial(jax.jit, static_argnames=("structure", "greedy"), donate_argnames="state")
 def _decode(
-    structure: _Structure,
+    structure: Structure,
     arrays: list[Array],
     state: _State,
     request: _Request,
@@ -327,7 +308,7 @@ def _decode(
     *,
     greedy: bool,
 ) -> _State:
-    model = structure.model(arrays)
+    model = structure.module(arrays)
 
     def going(state: _State) -> Bool[Array, ""]:
         return (state.count < until) & ~state.done.all() & ~state.failed.any()
@@ -377,10 +358,9 @@ class _Run:
     ):
         self.lm, self.model, self.prompts = lm, model, prompts  # the model is the one that runs, perhaps packed
         self.request, self.greedy = request, greedy
-        arrays, structure = jax.tree.flatten(model)
+        arrays, self.structure = Structure.of(model)
         self.arrays = as_automatic(arrays)
-        self.structure = _Structure(structure)
-        self.call = None if prompt_cache is None else Call(prompt_cache, self.structure, self.arrays)
+        self.call = None if prompt_cache is None else Call(prompt_cache, self.structure, arrays)
         self.state: _State
         self.first, self.capacity = 0, 0  # first slot with a token, and slots, of the first row
         self.read = [len(row) for row in prompts]
@@ -394,7 +374,7 @@ class _Run:
         max_new_tokens: int,
         sampling: Sampling,
         stop_tokens: Sequence[int | str] | None,
-        prompt_cache: PromptCache | None,
+        prompt_cache: PromptCache | None = None,
     ) -> _Run:
         """Checks everything, then reads the prompts and chooses the first tokens."""
         if not is_integer(max_new_tokens) or max_new_tokens < 1:
