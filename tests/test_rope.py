@@ -129,7 +129,7 @@ def test_dynamic_leaves_short_texts_alone_and_stretches_long_ones_row_by_row():
 @given(st.integers(1, 4), st.integers(0, 1000), st.integers(0, 1000))
 def test_rotation_keeps_lengths_and_depends_on_distance_only(half, first, second):
     rng = np.random.default_rng(half)
-    q, k = rng.standard_normal((2, 1, 1, 1, 2 * half)).astype(np.float32)
+    q, k = jnp.asarray(rng.standard_normal((2, 1, 1, 1, 2 * half)), jnp.float32)
     config = ModelConfig("llama", 8, 2 * half, 8, 1, 1, 1, 2 * half, max_position_embeddings=4096)
 
     def at(position: int):

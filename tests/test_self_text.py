@@ -25,7 +25,7 @@ def test_rows_begin_with_snippets_and_go_on_as_the_model_would():
     # Text of a model costs it its own entropy on average, and what it did not write costs it more.
     logs = jax.nn.log_softmax(model(jnp.asarray(rows)))
     entropy = -(jnp.exp(logs) * logs).sum(-1)[:, 2:-1]
-    cost = -jnp.take_along_axis(logs, jnp.asarray(rows)[:, 1:, None], axis=-1)[:, 2:, 0]
+    cost = -jnp.take_along_axis(logs[:, :-1], jnp.asarray(rows)[:, 1:, None], axis=-1)[:, 2:, 0]
     error = float(jnp.std(cost) / cost.size**0.5)
     assert abs(float(cost.mean() - entropy.mean())) < 4 * error
     assert np.array_equal(rows, vq.self_text(model, 64 * 16 * 3 - 5, STARTS, **OPTIONS))

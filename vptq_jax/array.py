@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, Int, Integer, UInt
 
 from vptq_jax.format import FLOATS, INTEGERS, Format
 from vptq_jax.packing import pack_indices, unpack_indices
@@ -42,6 +42,17 @@ class VQArray:
 
     A stack of weights of one format (`stack`, `jax.vmap`, `jax.lax.scan`) is a `VQArray` too, whose arrays have more
     axes in front; `shape`, `ndim` and `nbytes` count them, all else takes one matrix.
+
+    Example:
+        >>> first, second = (
+        ...     VQArray.random(key, Format.of("v4-k16", (64, 96))) for key in jax.random.split(jax.random.key(0))
+        ... )
+        >>> first.shape, first.dequantize().shape, first.indices.dtype, first.codebook.shape
+        ((64, 96), (64, 96), dtype('uint32'), (1, 16, 4))
+        >>> first.format.nominal_bits, round(first.bits_per_weight, 2)  # indices alone; codebook and scales too
+        (1.0, 1.92)
+        >>> VQArray.stack([first, second]).shape
+        (2, 64, 96)
     """
 
     indices: UInt[Array, "G n words"]
@@ -58,16 +69,16 @@ class VQArray:
     def from_indices(
         cls,
         format: Format,
-        main: UInt[Array, "G n gs"],
-        residual: UInt[Array, "G n gs"] | None,
+        main: Integer[Array, "G n gs"],
+        residual: Integer[Array, "G n gs"] | None,
         codebook: Float[Array, "G k v"],
         res_codebook: Float[Array, "G kr v"] | None = None,
         *,
-        outlier_indices: UInt[Array, "on oc"] | None = None,
+        outlier_indices: Integer[Array, "on oc"] | None = None,
         outlier_codebook: Float[Array, "ok ov"] | None = None,
         scale: Float[Array, "in"] | None = None,
         offset: Float[Array, "in"] | None = None,
-        perm: Int[Array, "in"] | None = None,
+        perm: Integer[Array, "in"] | None = None,
     ) -> VQArray:
         """Packs plain indices; pure and jit-friendly."""
         return cls(

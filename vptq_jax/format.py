@@ -73,6 +73,11 @@ class Format:
         Raises:
             ValueError: the groups do not divide the columns and there are no outliers to take
                 the remainder, or no column is left for the main codebook.
+
+        Example:
+            >>> format = Format.of("v8-k256-256-g2", (4096, 14336))
+            >>> format.group_size, format.num_vectors, format.shapes()["codebook"]
+            (7168, 512, (2, 256, 8))
         """
         spec = VQSpec.parse(spec)
         out_features, in_features = shape

@@ -12,7 +12,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt
+from jaxtyping import Array, Integer, UInt
 
 
 def packed_words(count: int, bits: int) -> int:
@@ -32,7 +32,7 @@ def _check_bits(index_bits: int, res_bits: int) -> int:
 
 
 def pack_indices(
-    main: UInt[Array, "*rows n"], residual: UInt[Array, "*rows n"] | None, index_bits: int, res_bits: int = 0
+    main: Integer[Array, "*rows n"], residual: Integer[Array, "*rows n"] | None, index_bits: int, res_bits: int = 0
 ) -> UInt[Array, "*rows words"]:
     """Packs indices into uint32 words.
 
@@ -67,7 +67,15 @@ def pack_indices(
 def unpack_indices(
     packed: UInt[Array, "*rows words"], count: int, index_bits: int, res_bits: int = 0
 ) -> tuple[UInt[Array, "*rows n"], UInt[Array, "*rows n"] | None]:
-    """Inverse of `pack_indices`: (main, residual or None), both uint32 [..., count]."""
+    """Inverse of `pack_indices`: (main, residual or None), both uint32 [..., count].
+
+    Example:
+        >>> packed = pack_indices(jnp.array([3, 1, 2, 0]), None, index_bits=2)
+        >>> bin(packed[0])
+        '0b100111'
+        >>> unpack_indices(packed, count=4, index_bits=2)[0].tolist()
+        [3, 1, 2, 0]
+    """
     bits = _check_bits(index_bits, res_bits)
     if packed.shape[-1] != packed_words(count, bits):
         raise ValueError(

@@ -96,7 +96,13 @@ class VQSpec:
 
     @classmethod
     def parse(cls, text: str | VQSpec) -> VQSpec:
-        """Reads a spec string such as `v8-k256-256` (`str(spec)` writes it)."""
+        """Reads a spec string such as `v8-k256-256` (`str(spec)` writes it).
+
+        Example:
+            >>> spec = VQSpec.parse("v8-k256-256")
+            >>> spec.vector_len, spec.num_centroids, spec.num_res_centroids, spec.nominal_bits
+            (8, 256, 256, 2.0)
+        """
         if isinstance(text, VQSpec):
             return text
         match = _SPEC.fullmatch(text.strip()) if isinstance(text, str) else None
@@ -193,7 +199,7 @@ def as_spec(value: VQSpec | str | None) -> VQSpec | None:
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig(SearchOptions):
-    """Which layer gets which spec, and how the search for codebooks and indices runs (`SearchOptions`).
+    r"""Which layer gets which spec, and how the search for codebooks and indices runs (`SearchOptions`).
 
     Attributes:
         spec: spec of every decoder linear that no rule matches (None: leave it in its dtype).
@@ -207,6 +213,13 @@ class QuantConfig(SearchOptions):
     Raises:
         ValueError: a spec does not parse, a regular expression does not compile, or a number is
             out of range.
+
+    Example:
+        >>> config = QuantConfig("v8-k256-256", rules=[(r"layers\.0\.", None), ("down_proj$", "v8-k65536")])
+        >>> print(config.spec_for("model.layers.3.mlp.down_proj"))
+        v8-k65536
+        >>> print(config.spec_for("model.layers.0.mlp.down_proj"))
+        None
     """
 
     spec: VQSpec | str | None

@@ -38,6 +38,12 @@ def nearest_centroid(
     Raises:
         ValueError: shapes do not fit, the codebook is empty, or a dtype is not floating point.
         NotImplementedError: the implementation asked for cannot run here.
+
+    Example:
+        >>> codebook = jnp.array([[0.0, 0.0], [4.0, 4.0]])
+        >>> index, squared = nearest_centroid(jnp.array([[0.0, 1.0], [5.0, 5.0]]), codebook)
+        >>> index.tolist(), squared.tolist()
+        ([0, 1], [1.0, 2.0])
     """
     if vectors.ndim != 2 or codebook.ndim != 2 or vectors.shape[1] != codebook.shape[1]:
         raise ValueError(

@@ -26,7 +26,11 @@ Weight: TypeAlias = VQArray | Packed
 
 
 def vq_matmul(
-    x: Float[Array, "*batch in"], weight: Weight, *, implementation: Implementation | None = None, out_dtype: Any = None
+    x: Float[Array | np.ndarray, "*batch in"],
+    weight: Weight,
+    *,
+    implementation: Implementation | None = None,
+    out_dtype: Any = None,
 ) -> Float[Array, "*batch out"]:
     """`x @ weight.dequantize().T`, differentiable in x; with a `VQArray` in codebooks, scale and offset too.
 
@@ -45,12 +49,20 @@ def vq_matmul(
         ValueError: x does not fit the weight, or is not floating point.
         NotImplementedError: the implementation asked for cannot run here; the message says why.
         TypeError: a gradient with respect to a `Packed` weight is asked for, which has none.
+
+    Example:
+        >>> from vptq_jax.format import Format
+        >>> weight = VQArray.random(jax.random.key(0), Format.of("v8-k256-256", (64, 32)))
+        >>> x = jax.random.normal(jax.random.key(1), (3, 32))
+        >>> y = vq_matmul(x, weight)
+        >>> y.shape, y.dtype, bool(jnp.allclose(y, x @ weight.dequantize().T, atol=1e-4))
+        ((3, 64), dtype('float32'), True)
     """
     return vq_matmuls(x, (weight,), implementation=implementation, out_dtype=out_dtype)[0]
 
 
 def vq_matmuls(
-    x: Float[Array, "*batch in"],
+    x: Float[Array | np.ndarray, "*batch in"],
     weights: Sequence[Weight],
     *,
     norm: RMS | None = None,
@@ -63,6 +75,7 @@ def vq_matmuls(
     kernel itself where it stages x (few rows). Weights are alike when they share spec, in_features and
     kernel order.
     """
+    x = jnp.asarray(x)
     for weight in weights:
         _check(x, weight)
     if norm is not None and norm.weight.shape != x.shape[-1:]:

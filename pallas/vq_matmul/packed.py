@@ -277,7 +277,7 @@ def unpack(kernel: Packed) -> VQArray:
 
 
 @functools.partial(jax.jit, static_argnames="grid")
-def _indices(words: UInt[Array, "G rows columns words"], grid: UnitGrid) -> UInt[Array, "G n words"]:
+def _indices(words: UInt[Array, "G rows columns unit"], grid: UnitGrid) -> UInt[Array, "G n words"]:
     main, residual = _unpack_units(words, grid)
     main = _from_streams(main, grid)
     residual = None if residual is None else _from_streams(residual, grid)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from vptq_jax.lm.arch import SAME_INPUT
 from vptq_jax.lm.decoder import Block, Decoder, RMSNorm, check_tokens
@@ -18,7 +18,7 @@ from vptq_jax.lm.rope import Rotary
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.nn.moments import Moment
 
-Tokens: TypeAlias = Int[Array, "B T"] | Int[np.ndarray, "B T"]
+Tokens: TypeAlias = Integer[Array | np.ndarray, "B T"]
 """Token ids of one batch."""
 
 

@@ -91,8 +91,8 @@ class LayerCache:
 class KVCache:
     """The caches of all layers; `slot` and `start` as in `LayerCache`."""
 
-    keys: tuple[Float[Array, "B K S D"], ...]
-    values: tuple[Float[Array, "B K S D"], ...]
+    keys: tuple[Float[Array, "B K _ D"], ...]
+    values: tuple[Float[Array, "B K _ D"], ...]
     slot: Int[Array, ""]
     start: Int[Array, "B"]
 

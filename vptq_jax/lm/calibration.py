@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from flax import nnx
@@ -22,6 +22,7 @@ from vptq_jax.spec import QuantConfig
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Calibration(Protocol):
     """Accompanies `quantize` from block to block."""
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Integer
 
 from vptq_jax.extras import need
 
@@ -143,7 +143,7 @@ def tokenize(tokenizer: Any, text: str) -> Int[np.ndarray, "tokens"]:
 
 
 def windows(
-    tokens: Int[np.ndarray, "tokens"], length: int, count: int | None = None, *, first: int | None = None
+    tokens: Integer[Array | np.ndarray, "tokens"], length: int, count: int | None = None, *, first: int | None = None
 ) -> Int[np.ndarray, "n length"]:
     """Consecutive non-overlapping windows; what does not fill a window is left out.
 

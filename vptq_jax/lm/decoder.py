@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from vptq_jax.lm.arch import Norms
 from vptq_jax.lm.attention import Attention
@@ -146,7 +146,7 @@ class Decoder(nnx.Module):
         """dtype of the activations: that of the norm weights."""
         return self.norm.weight.dtype
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    def __call__(self, tokens: Integer[Array | np.ndarray, "B T"]) -> Float[Array, "B T V"]:
         """Float32 logits of every position.
 
         Raises:
@@ -156,22 +156,22 @@ class Decoder(nnx.Module):
         tokens = jnp.asarray(tokens)
         return automatic(Decoder._logits, PartitionSpec(*spec_of(tokens), None), self, tokens)
 
-    def _logits(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    def _logits(self, tokens: Integer[Array, "B T"]) -> Float[Array, "B T V"]:
         return self.head(self._hidden(tokens))
 
-    def hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T hidden"]:
+    def hidden(self, tokens: Integer[Array | np.ndarray, "B T"]) -> Float[Array, "B T hidden"]:
         """What `head` turns into logits: the output of the last block. Raises as the call does."""
         check_tokens(tokens, self.config.vocab_size)
         return self._hidden(jnp.asarray(tokens))
 
-    def _hidden(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T hidden"]:
+    def _hidden(self, tokens: Integer[Array, "B T"]) -> Float[Array, "B T hidden"]:
         at = self.rotary(jnp.arange(tokens.shape[1])[None])
         h = self.embed(tokens)
         for block in self.layers:
             h = _apply_block(block, h, at)
         return h
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T hidden"]:
+    def embed(self, tokens: Integer[Array, "B T"]) -> Float[Array, "B T hidden"]:
         """The rows of the embedding table, scaled where the architecture says so."""
         scale = self.config.hidden_size**0.5 if self.config.architecture.scaled_embedding else None
         return _lookup(self.embed_tokens, tokens, dtype=self.dtype, scale=scale)

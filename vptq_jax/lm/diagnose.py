@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Integer
 
 from vptq_jax.lm.decoder import Decoder
 
 
-def first_nonfinite(model: Decoder, tokens: Int[Array, "B T"]) -> str | None:
+def first_nonfinite(model: Decoder, tokens: Integer[Array, "B T"]) -> str | None:
     """Names the first weight, else the first activation, that holds NaN or infinity; None if all are finite.
 
     Weights go by their Hugging Face names.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from vptq_jax.extras import progress_bar
 from vptq_jax.lm import data
@@ -41,7 +41,7 @@ class Perplexity:
 
 def perplexity(
     model: LanguageModel | Decoder,
-    tokens: Int[np.ndarray, "tokens"],
+    tokens: Integer[Array | np.ndarray, "tokens"],
     *,
     context: int,
     max_windows: int | None = None,

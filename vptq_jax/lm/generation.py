@@ -114,6 +114,16 @@ def generate(
             below 1, a token id outside the vocabulary, text without a tokenizer, a prompt cache with several prompts,
             or logits that are not finite.
         RuntimeError: another call took the prompt cache over.
+
+    Example:
+        >>> from vptq_jax.lm.config import ModelConfig
+        >>> from vptq_jax.lm.params import RandomSource
+        >>> from vptq_jax.lm.registry import build
+        >>> config = ModelConfig("llama", 32, 16, 24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8)
+        >>> model = build(config, RandomSource(jax.random.key(0)))
+        >>> result = generate(model, [[1, 2, 3], [4]], max_new_tokens=5, return_result=True)
+        >>> [len(tokens) for tokens in result.tokens], result.finish_reasons
+        ([5, 5], ['length', 'length'])
     """
     lm, single = LanguageModel.of(model), _is_single(prompts)
     run = _Run.start(lm, [prompts] if single else prompts, max_new_tokens, sampling, stop_tokens, prompt_cache)
@@ -370,7 +380,7 @@ class _Run:
     def start(
         cls,
         lm: LanguageModel,
-        prompts: Sequence[Any],
+        prompts: Any,
         max_new_tokens: int,
         sampling: Sampling,
         stop_tokens: Sequence[int | str] | None,
@@ -562,7 +572,7 @@ def _is_token(value: Any) -> bool:
     return is_integer(value) or isinstance(value, np.integer)
 
 
-def _prompt_ids(lm: LanguageModel, prompts: Sequence[Any]) -> list[list[int]]:
+def _prompt_ids(lm: LanguageModel, prompts: Any) -> list[list[int]]:
     if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim not in (1, 2):
         raise ValueError(f"the prompts are an array of shape {prompts.shape}; expected [tokens] or [batch, tokens]")
     if len(prompts) == 0:
@@ -593,7 +603,7 @@ def _token_list(prompt: Any, row: int) -> list[int]:
     return ids.tolist()
 
 
-def _stop_ids(lm: LanguageModel, stop_tokens: Sequence[int | str] | None) -> list[int]:
+def _stop_ids(lm: LanguageModel, stop_tokens: Any) -> list[int]:
     """Ids of the stop tokens; by default those of the config, the generation config and the tokenizer."""
     vocab_size = lm.config.vocab_size
     if stop_tokens is None:

@@ -51,6 +51,13 @@ def collect_hessians(
 
     Raises:
         ValueError: there are no batches, an id is outside the vocabulary, or an activation is not finite.
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.array([[1.0, 0.0], [1.0, 2.0]], np.float32)
+        >>> hessians = collect_hessians(nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0))), [x], progress=False)
+        >>> hessians.for_module("layers.0").tolist()  # X^T X over the two rows
+        [[1.0, 1.0], [1.0, 2.0]]
     """
     if isinstance(model, LanguageModel):
         model = model.module

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Integer
 
 from vptq_jax.lm.config import ModelConfig
 from vptq_jax.lm.decoder import Decoder
@@ -47,6 +48,6 @@ class LanguageModel:
         """The module's config."""
         return self.module.config
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    def __call__(self, tokens: Integer[Array | np.ndarray, "B T"]) -> Float[Array, "B T V"]:
         """Float32 logits of every position; raises as `Decoder` does."""
         return self.module(tokens)

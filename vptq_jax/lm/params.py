@@ -6,7 +6,7 @@ each architecture is written once and each file format is written once.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array
 from vptq_jax.nn.linear import Linear, VQLinear
 
 
+@runtime_checkable
 class ParamSource(Protocol):
     """What a model needs to build itself; names are those of Hugging Face checkpoints."""
 

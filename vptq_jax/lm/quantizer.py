@@ -71,6 +71,16 @@ def quantize(
             another model or are not Hessians, a weight is not finite, batches are unusable, or `workdir` belongs to
             another run (the message says what changed).
         OSError: `workdir` cannot be written; what was finished stays usable.
+
+    Example:
+        >>> from vptq_jax.lm.hessians import collect_hessians
+        >>> layer = nnx.Linear(16, 32, rngs=nnx.Rngs(0))
+        >>> model = nnx.Sequential(layer, nnx.relu)  # a language model's calibration text goes in its place
+        >>> batches = [jax.random.normal(jax.random.key(seed), (64, 16)) for seed in range(4)]
+        >>> hessians = collect_hessians(model, batches, progress=False)
+        >>> small, report = quantize(model, "v4-k16", hessians, progress=False)
+        >>> type(small.layers[0]).__name__, small(batches[0]).shape
+        ('VQLinear', (64, 32))
     """
     if not isinstance(model, LanguageModel | Decoder | StreamedModel):
         return _quantize_module(model, config, calibration, workdir, progress=progress)
@@ -86,7 +96,7 @@ def quantize(
 
 
 def _quantize_module(
-    module: nnx.Module, config: QuantConfig | VQSpec | str, calibration: Any, workdir: Any, *, progress: bool
+    module: Any, config: QuantConfig | VQSpec | str, calibration: Any, workdir: Any, *, progress: bool
 ) -> tuple[nnx.Module, QuantReport]:
     if not isinstance(module, nnx.Module):
         raise TypeError(f"found a {type(module).__name__}; expected a language model or an NNX module")

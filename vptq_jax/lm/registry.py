@@ -15,7 +15,17 @@ def model_types() -> tuple[str, ...]:
 
 
 def build(config: ModelConfig, source: ParamSource) -> Decoder:
-    """The model of a config, with its parameters from the source."""
+    """The model of a config, with its parameters from the source.
+
+    Example:
+        >>> import jax
+        >>> from vptq_jax.lm.params import RandomSource
+        >>> config = ModelConfig("llama", 32, 16, 24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
+        >>> model = build(config, RandomSource(jax.random.key(0)))
+        >>> tokens = jax.numpy.array([[1, 2, 3]])
+        >>> model(tokens).shape, list(model.linears())[0]
+        ((1, 3, 32), 'model.layers.0.self_attn.q_proj')
+    """
     return Decoder(config, source)
 
 

@@ -24,6 +24,13 @@ class Sampling:
 
     Raises:
         ValueError: a value is out of its range.
+
+    Example:
+        >>> Sampling(temperature=0.7, top_p=0.9)
+        Sampling(repetition_penalty=1.0, temperature=0.7, top_k=None, top_p=0.9, min_p=None, seed=0)
+        >>> Sampling(top_p=90)
+        Traceback (most recent call last):
+        ValueError: top_p is 90; expected above 0 and at most 1, or None for no limit
     """
 
     repetition_penalty: float = 1.0

@@ -80,13 +80,13 @@ class Contraction:
         stack = kernel.shape[: len(self.stack)]
         return kernel.reshape(*stack, math.prod(kernel.shape[len(self.stack) : -1]), kernel.shape[-1])
 
-    def rows(self, x: Float[Array, "..."]) -> Float[Array, "*stack *rows in"]:
+    def rows(self, x: Float[Array, "..."]) -> Float[Array, "*axes in"]:
         """The input with the stack's axis first and the contracted one last."""
         axes = _expanded(self.inputs, x.ndim)
         order = self.stack + self._free(axes) + self.contracted
         return x.transpose([axes.index(axis) for axis in order])
 
-    def arranged(self, y: Float[Array, "*stack *rows out"], ndim: int, sizes: tuple[int, ...]) -> Float[Array, "..."]:
+    def arranged(self, y: Float[Array, "*axes out"], ndim: int, sizes: tuple[int, ...]) -> Float[Array, "..."]:
         """The product of `rows` with the matrix, in the order of the output.
 
         Args:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from vptq_jax.array import VQArray
@@ -48,8 +50,9 @@ class VQEinsum(VQLinear):
         """Whether the weight is a stack of matrices."""
         return bool(self.contraction.stack)
 
-    def __call__(self, x: Float[Array, "..."], *, dtype: Any = None) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array | np.ndarray, "..."], *, dtype: Any = None) -> Float[Array, "..."]:
         """The result is in `dtype`, by default that of x."""
+        x = jnp.asarray(x)
         dtype = dtype or x.dtype
         rows, weight = self.contraction.rows(x), self.weight
 

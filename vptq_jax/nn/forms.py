@@ -43,6 +43,13 @@ def pack(weight: Any, *, dtype: Any = None, target: str | None = None, donate: b
     Raises:
         NotImplementedError: there is no kernel for the target, or for this weight (the message says why).
         TypeError: neither a `VQArray` nor a module.
+
+    Example:
+        >>> from vptq_jax.format import Format
+        >>> weight = VQArray.random(jax.random.key(0), Format.of("v8-k256", (64, 32)))
+        >>> packed = pack(weight, target="sm_90")
+        >>> type(packed).__name__, packed.shape, packed.dtype, bool((unpack(packed).indices == weight.indices).all())
+        ('Packed', (64, 32), dtype(bfloat16), True)
     """
     if target is not None and target not in dispatch.TARGETS:
         known = ", ".join(dispatch.TARGETS)
@@ -106,6 +113,13 @@ def trainable(weight: Any, dtype: Any = jnp.float32) -> Any:
 
     Raises:
         TypeError: neither of them; or the dtype is not floating point.
+
+    Example:
+        >>> from vptq_jax.format import Format
+        >>> weight = VQArray.random(jax.random.key(0), Format.of("v8-k256", (64, 32)))
+        >>> student = trainable(weight)
+        >>> weight.codebook.dtype, student.codebook.dtype, student.indices is weight.indices
+        (dtype('float16'), dtype('float32'), True)
     """
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):

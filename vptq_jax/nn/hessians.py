@@ -38,7 +38,7 @@ class Hessians:
 
     def __init__(
         self,
-        arrays: Mapping[str, Float[np.ndarray, "in in"]],
+        arrays: Mapping[str, Float[np.ndarray, "*stack in in"]],
         modules: Mapping[str, Mapping[str, str]],
         tokens: int,
         fingerprint: str = "",
@@ -55,7 +55,7 @@ class Hessians:
     def __iter__(self) -> Iterator[str]:
         return iter(self._key)
 
-    def for_module(self, path: str) -> Float[np.ndarray, "in in"]:
+    def for_module(self, path: str) -> Float[np.ndarray, "*stack in in"]:
         """H of the input of a module such as `model.layers.0.self_attn.q_proj`, float32 [in_features, in_features].
 
         Asked for modules of one input in a row, it is the same array, read once.
@@ -162,7 +162,7 @@ class _Files(Mapping):
     def __init__(self, directory: Path, keys: list[str]):
         self.directory, self.keys_ = directory, keys
 
-    def __getitem__(self, key: str) -> Float[np.ndarray, "in in"]:
+    def __getitem__(self, key: str) -> Float[np.ndarray, "*stack in in"]:
         file = self.directory / f"{key}.safetensors"
         try:
             with safetensors.safe_open(file, framework="numpy") as tensors:

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -32,7 +33,7 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(weight)
         self.bias = nnx.data(None if bias is None else nnx.Param(bias))
 
-    def __call__(self, x: Float[Array, "*batch in"], *, dtype: Any = None) -> Float[Array, "*batch out"]:
+    def __call__(self, x: Float[Array | np.ndarray, "*batch in"], *, dtype: Any = None) -> Float[Array, "*batch out"]:
         """The result is in `dtype`, by default that of x."""
         y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype), preferred_element_type=jnp.float32)
         return _add_bias(y, self.bias).astype(dtype or x.dtype)
@@ -110,7 +111,7 @@ class VQLinear(nnx.Module):
         """The quantized weight in checkpoint order."""
         return unpack(weight) if isinstance(weight := self.weight, Packed) else weight
 
-    def __call__(self, x: Float[Array, "*batch in"], *, dtype: Any = None) -> Float[Array, "*batch out"]:
+    def __call__(self, x: Float[Array | np.ndarray, "*batch in"], *, dtype: Any = None) -> Float[Array, "*batch out"]:
         """The result is in `dtype`, by default that of x."""
         dtype = dtype or x.dtype
         # A layer that may be trained runs on XLA by intention, which is nothing to warn of.

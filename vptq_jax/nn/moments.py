@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float
 class Moment(NamedTuple):
     """A running sum of X^T X in float32, with what rounding has taken from it."""
 
-    total: Float[Array, "in in"]
-    lost: Float[Array, "in in"]
+    total: Float[Array, "*stack in in"]
+    lost: Float[Array, "*stack in in"]
 
     @classmethod
     def zeros(cls, features: int) -> Moment:
@@ -33,7 +33,7 @@ class Moment(NamedTuple):
         kept = total - self.total
         return Moment(total, (self.total - (total - kept)) + (term - kept))
 
-    def mean(self, tokens: int) -> Float[np.ndarray, "in in"]:
+    def mean(self, tokens: int) -> Float[np.ndarray, "*stack in in"]:
         """The moment per token, summed in float64, as float32 on the host."""
         exact = np.asarray(self.total, np.float64) + np.asarray(self.lost, np.float64)
         return (exact / tokens).astype(np.float32)

@@ -68,7 +68,7 @@ class Segment:
         """Rows of the last vector, 1 to v."""
         return self.rows - (self.num_vectors - 1) * self.vector_len
 
-    def group(self, slot: Int[Array, "*n"]) -> Int[Array, "*n"]:
+    def group(self, slot: Int[Array | np.ndarray, "*n"]) -> Int[Array, "*n"]:
         """Group of a slot of this segment (counted from its start); empty slots count to the last group."""
         return jnp.minimum(slot // self.group_size, self.num_groups - 1)
 

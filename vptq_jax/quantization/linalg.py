@@ -17,7 +17,7 @@ def dot(a: Array, b: Array) -> Array:
     return jnp.dot(a, b, precision=lax.Precision.HIGHEST)
 
 
-def check_hessian(H: Array, in_features: int, name: str) -> None:
+def check_hessian(H: Array | np.ndarray, in_features: int, name: str) -> None:
     """Checks on the host that H can be the second moment of this layer's inputs.
 
     Raises:

@@ -43,7 +43,7 @@ class Metric:
 
 
 @functools.partial(jax.jit, static_argnames=("damping", "permute"))
-def factorize(H: Float[Array, "in in"], *, damping: float, permute: bool) -> Metric:
+def factorize(H: Float[Array | np.ndarray, "in in"], *, damping: float, permute: bool) -> Metric:
     """The metric of a Hessian, as one traceable function; U is not finite if the Hessian cannot be factorized."""
     H, _ = to_unit(H)
     regular, dead = regularize(H, damping)
@@ -53,7 +53,7 @@ def factorize(H: Float[Array, "in in"], *, damping: float, permute: bool) -> Met
     return Metric(H, U, perm, dead, extra, damping, permute)
 
 
-def checked_metric(H: Float[Array, "in in"], in_features: int, name: str, *, damping: float, permute: bool) -> Metric:
+def checked_metric(H: Array | np.ndarray, in_features: int, name: str, *, damping: float, permute: bool) -> Metric:
     """`factorize` behind checks on the host.
 
     Raises:
@@ -74,7 +74,7 @@ class LastMetric:
     def __init__(self) -> None:
         self._known: tuple[np.ndarray, Metric] | None = None
 
-    def of(self, H: Float[np.ndarray, "in in"], in_features: int, name: str, damping: float, permute: bool) -> Metric:
+    def of(self, H: np.ndarray, in_features: int, name: str, damping: float, permute: bool) -> Metric:
         """The metric of H; made anew unless it is the very array that came last, with the same options."""
         if self._known is not None:
             known, metric = self._known
@@ -86,14 +86,14 @@ class LastMetric:
         return metric
 
 
-def to_unit(x: Float[Array, "a b"]) -> tuple[Float[Array, "a b"], Float[Array, ""]]:
+def to_unit(x: Float[Array | np.ndarray, "a b"]) -> tuple[Float[Array, "a b"], Float[Array, ""]]:
     """A matrix in float32 with its largest entry between 1 and 4, and the power of four that was divided out.
 
     Every step of the search scales with weight and Hessian, so that its result does not depend on their units, but
     squares and products of large or small ones would leave float32. Dividing by a power of four is exact, and so is
     the root of one, which a Cholesky factor takes.
     """
-    x = x.astype(jnp.float32)
+    x = jnp.asarray(x, jnp.float32)
     _, exponent = jnp.frexp(jnp.abs(x).max())
     unit = jnp.ldexp(jnp.float32(1), jnp.clip((exponent - 1) // 2 * 2, -126, 126))
     return x / unit, unit

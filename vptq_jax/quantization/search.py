@@ -54,8 +54,8 @@ class Problem:
 
 
 def quantize_weight(
-    W: Float[Array, "out in"],
-    H: Float[Array, "in in"] | Metric,
+    W: Float[Array | np.ndarray, "out in"],
+    H: Float[Array | np.ndarray, "in in"] | Metric,
     spec: VQSpec | str,
     *,
     key: Array,
@@ -82,6 +82,15 @@ def quantize_weight(
     Raises:
         ValueError: W is not a finite matrix, H cannot be its Hessian, the spec does not fit the
             shape, or a codebook would have more centroids than there are vectors to describe.
+
+    Example:
+        >>> W = jax.random.normal(jax.random.key(0), (32, 16))
+        >>> x = jax.random.normal(jax.random.key(1), (256, 16))  # what the layer reads
+        >>> array, stats = quantize_weight(W, x.T @ x / len(x), "v4-k16-16", key=jax.random.key(2))
+        >>> str(array.format), array.shape, stats["dead_columns"]
+        ('v4-k16-16', (32, 16), 0)
+        >>> 0 < stats["error"] < stats["error_kmeans"] < 1
+        True
     """
     spec = VQSpec.parse(spec)
     format = _checked_format(W, spec, name)
@@ -258,7 +267,7 @@ def _refine(
     return state[1], jnp.maximum(state[0] - 1, 0), state[4]
 
 
-def _checked_format(W: Array, spec: VQSpec, name: str) -> Format:
+def _checked_format(W: Array | np.ndarray, spec: VQSpec, name: str) -> Format:
     if W.ndim != 2:
         raise ValueError(f"{name}: the weight has shape {tuple(W.shape)}; expected [out_features, in_features]")
     if not jnp.issubdtype(W.dtype, jnp.floating):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from vptq_jax.extras import progress_bar
 from vptq_jax.lm.activations import Tokens, check_batches
@@ -104,7 +104,8 @@ def _split(batches: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
     """Batches to train on, and the last rows, which are not."""
     rows = sum(map(len, batches))
     wanted = min(_HELD_OUT, max(1, rows // 16))
-    kept, parts = list(batches), []
+    kept = list(batches)
+    parts: list[np.ndarray] = []
     while kept and sum(map(len, parts)) < wanted:
         parts.append(kept.pop())
     if not kept:
@@ -133,7 +134,9 @@ class _Run:
                 "the divergence of the student from its teacher is not finite before the first step; one of their "
                 "tensors probably holds NaN or infinite values"
             )
-        begin, tokens, waiting, losses, stopped = time.perf_counter(), 0, [], [], None
+        begin, tokens, stopped = time.perf_counter(), 0, None
+        waiting: list[Array] = []  # losses on the device
+        losses: list[float] = []
         with progress_bar(progress, total=steps, desc="Tuning", unit="step") as bar:
             for step in range(1, steps + 1):
                 batch = batches[(step - 1) % len(batches)]

@@ -49,7 +49,8 @@ def decoded(block: Block, leaves: Leaves, dtype: Any) -> Block:
 
 def dense(layer: VQLinear, dtype: Any) -> Linear:
     """A quantized layer written out."""
-    return Linear(layer.array.dequantize(dtype), None if layer.bias is None else layer.bias.get_value())
+    bias: Any = None if layer.bias is None else layer.bias.get_value()
+    return Linear(layer.array.dequantize(dtype), bias)
 
 
 def units(block: Block, leaves: Leaves) -> Leaves:
