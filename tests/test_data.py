@@ -155,7 +155,7 @@ def test_batches_are_the_rows_in_order(batch_size, rows):
 
 def test_batches_of_nothing():
     with pytest.raises(ValueError, match="batch size is 0; expected at least 1"):
-        data.batches(np.zeros((2, 3)), 0)
+        data.batches(np.zeros((2, 3), np.int32), 0)
 
 
 def test_tokenize_adds_no_special_tokens(tiny_hf):

@@ -68,7 +68,7 @@ def vq_matmuls(
     norm: RMS | None = None,
     implementation: Implementation | None = None,
     out_dtype: Any = None,
-) -> tuple[Float[Array, "*batch out"], ...]:
+) -> tuple[Float[Array, "*batch _out"], ...]:
     """`vq_matmul` of one x with several weights (q/k/v, gate/up): one kernel launch where they are alike.
 
     Args, returns and errors are those of `vq_matmul`, and `norm`, which is applied to x first: by the

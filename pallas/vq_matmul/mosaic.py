@@ -80,7 +80,7 @@ def matmul(
     *,
     norm: RMS | None = None,
     out_dtype: Any = None,
-) -> tuple[Float[Array, "m out"], ...]:
+) -> tuple[Float[Array, "m _out"], ...]:
     """`norm(x) @ w.T` for each weight: in one launch for few rows, through the decoded weight for many.
 
     The configuration may be a `DecodeConfig` for many rows; another one says nothing about them. Results are in
@@ -94,7 +94,7 @@ def matmul(
 
 def _fused(
     x: Float[Array, "m in"], weights: Sequence[Packed], config: Config | None, norm: RMS | None
-) -> tuple[Float[Array, "m out"], ...]:
+) -> tuple[Float[Array, "m _out"], ...]:
     plan = make_plan(weights, x.shape[0], config, norm)
     if norm is not None and plan.norm_eps is None:
         x, norm = norm(x), None

@@ -18,8 +18,8 @@ from vptq_jax.lm.rope import Rotary
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.nn.moments import Moment
 
-Tokens: TypeAlias = Integer[Array | np.ndarray, "B T"]
-"""Token ids of one batch."""
+Tokens: TypeAlias = Integer[Array | np.ndarray, "_B _T"]
+"""Token ids of one batch; others may be of other shapes."""
 
 
 def hessian_key(path: str) -> str:
@@ -37,7 +37,7 @@ class Activations:
         batches: int32 [B, T] each, checked.
     """
 
-    def __init__(self, model: Decoder, batches: Sequence[Int[np.ndarray, "B T"]]):
+    def __init__(self, model: Decoder, batches: Sequence[Int[np.ndarray, "_B _T"]]):
         self.tokens = sum(batch.size for batch in batches)
         self._norm = model.norm
         lengths = {batch.shape[1] for batch in batches}
@@ -115,7 +115,7 @@ class Activations:
         return fetched if waiting is None else [*fetched, np.asarray(waiting)]
 
 
-def check_batches(batches: Iterable[Tokens], vocab_size: int) -> Iterator[Int[np.ndarray, "B T"]]:
+def check_batches(batches: Iterable[Tokens], vocab_size: int) -> Iterator[Int[np.ndarray, "_B _T"]]:
     """Yields calibration batches as int32 on the host.
 
     Raises:

@@ -180,7 +180,7 @@ def windows(
     return tokens[: n * length].reshape(n, length).astype(np.int32)
 
 
-def batches(rows: Int[np.ndarray, "n length"], batch_size: int = 1) -> list[Int[Array, "B length"]]:
+def batches(rows: Int[np.ndarray, "n length"], batch_size: int = 1) -> list[Int[Array, "_B length"]]:
     """Rows in runs of `batch_size`, the last one possibly shorter, as the model takes them.
 
     Raises:

@@ -104,7 +104,7 @@ def perplexity(
 _LARGEST_LOSS = 700.0  # exp of more is no float
 
 
-def _split(batches: Iterable[Int[Array, "B T"]]) -> Iterator[Int[Array, "B T"]]:
+def _split(batches: Iterable[Int[Array, "_B T"]]) -> Iterator[Int[Array, "_B T"]]:
     """The same rows in runs of powers of two, so that few programs serve every batch size."""
     for batch in batches:
         while len(batch):

@@ -75,7 +75,7 @@ def quantize(
     Example:
         >>> from vptq_jax.lm.hessians import collect_hessians
         >>> layer = nnx.Linear(16, 32, rngs=nnx.Rngs(0))
-        >>> model = nnx.Sequential(layer, nnx.relu)  # a language model's calibration text goes in its place
+        >>> model = nnx.Sequential(layer, nnx.relu)  # any module; a language model takes token ids as batches
         >>> batches = [jax.random.normal(jax.random.key(seed), (64, 16)) for seed in range(4)]
         >>> hessians = collect_hessians(model, batches, progress=False)
         >>> small, report = quantize(model, "v4-k16", hessians, progress=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -141,9 +141,9 @@ class Unnormalized(NamedTuple):
 
 
 def project(
-    x: Float[Array, "*batch in"] | Unnormalized, *layers: Linear | VQLinear
-) -> tuple[Float[Array, "*batch out"], ...]:
-    """Applies several layers to the same input (q/k/v, gate/up); packed layers share one kernel launch."""
+    x: Float[Array, "*batch in"] | Unnormalized, *layers: Callable[..., Array]
+) -> tuple[Float[Array, "*batch _out"], ...]:
+    """Applies several layers, or what stands in for them, to one input (q/k/v, gate/up); packed ones share a launch."""
     x, norm = x if isinstance(x, Unnormalized) else (x, None)
     packed = [layer for layer in layers if isinstance(layer, VQLinear) and layer.order is not None]
     if len(packed) < max(2, len(layers)):
