@@ -32,12 +32,22 @@ PACKAGES = (
     "vptq_jax.lm.self_text",
     "vptq_jax.nn",
     "vptq_jax.packing",
-    "vptq_jax.pallas",
+    "vptq_jax.pallas.decode_attention",
+    "vptq_jax.pallas.nearest_centroid",
+    "vptq_jax.pallas.vq_matmul.api",
+    "vptq_jax.pallas.vq_matmul.dequantize",
+    "vptq_jax.pallas.vq_matmul.kernel",
+    "vptq_jax.pallas.vq_matmul.mosaic",
+    "vptq_jax.pallas.vq_matmul.norm",
+    "vptq_jax.pallas.vq_matmul.packed",
+    "vptq_jax.pallas.vq_matmul.reference",
+    "vptq_jax.pallas.vq_matmul.xla",
     "vptq_jax.quantization",
     "vptq_jax.tune",
 )
-"""All modules that declare shapes, with what is beside them in a package. The others read files and commands, whose
-contents they check with errors of their own."""
+"""All modules that declare shapes, or their packages. Others read files and commands, whose contents they check with
+errors of their own, or work with numbers alone: `pallas.vq_matmul.plan` is called so often that its checks would take
+longer than the tests."""
 
 PYTREES = (
     "vptq_jax.array.VQArray",
@@ -69,7 +79,9 @@ OWN_CHECKS = (
     "vptq_jax.lm.generation.stream",
     "vptq_jax.lm.language_model.LanguageModel.__call__",
     "vptq_jax.lm.language_model.LanguageModel.of",
+    "vptq_jax.lm.quantizer._quantize",
     "vptq_jax.lm.quantizer.quantize",
+    "vptq_jax.lm.quantizer.run_fingerprint",
     "vptq_jax.pallas.decode_attention.api.decode_attention",
     "vptq_jax.pallas.nearest_centroid.api.cluster_sums",
     "vptq_jax.pallas.nearest_centroid.api.nearest_centroid",

@@ -33,7 +33,7 @@ def use(monkeypatch, *modules):
     for name in simulated:
         monkeypatch.setattr(ptx, name, getattr(machine, name))
     monkeypatch.setattr(ptx, "Int", Int)
-    monkeypatch.setattr(ptx, "Pointer", _pointer_class(machine))
+    monkeypatch.setattr(ptx, "Pointer", Pointer)
     fake = types.SimpleNamespace(
         kernel=machine._kernel,
         inline_mgpu=lambda **_: lambda emit: lambda *refs: emit(None, *refs),
@@ -49,7 +49,7 @@ def use(monkeypatch, *modules):
                 monkeypatch.setattr(module, name, getattr(ptx, name))
 
 
-class Int:
+class Int(ptx.Int):
     """The counterpart of `ptx.Int`; `value` has one element a thread, or is one for all."""
 
     def __init__(self, value):
@@ -106,22 +106,21 @@ class Int:
         return self._with(other, np.minimum)
 
 
-def _pointer_class(machine):
-    class Pointer:
-        def __init__(self, value):
-            self.value = np.asarray(value, np.int64)
+class Pointer(ptx.Pointer):
+    """The counterpart of `ptx.Pointer`."""
 
-        @classmethod
-        def of(cls, ref):
-            return cls(ref)
+    def __init__(self, value):
+        self.value = np.asarray(value, np.int64)
 
-        def at(self, index, size):
-            return Pointer(self.value + index.value.astype(np.int64) * size)
+    @classmethod
+    def of(cls, ref):
+        return cls(ref)
 
-        def offset(self, size):
-            return Pointer(self.value + size)
+    def at(self, index, size):
+        return Pointer(self.value + index.value.astype(np.int64) * size)
 
-    return Pointer
+    def offset(self, size):
+        return Pointer(self.value + size)
 
 
 class _Machine:

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from vptq_jax.array import VQArray
-from vptq_jax.extras import ProgressBar, progress_bar
+from vptq_jax.extras import progress_bar
 from vptq_jax.lm.activations import Tokens, check_batches, hessian_key
 from vptq_jax.lm.calibration import Calibration, GivenHessians, RunningCalibration
 from vptq_jax.lm.config import ModelConfig
@@ -269,7 +269,7 @@ class _Operators:
         config: QuantConfig,
         specs: Mapping[str, VQSpec],
         work: WorkDir | None,
-        bar: ProgressBar,
+        bar: Any,
     ):
         self._config, self._specs, self._work, self._bar = config, specs, work, bar
         self._metrics = LastMetric()
