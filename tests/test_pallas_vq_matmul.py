@@ -72,7 +72,7 @@ def test_streams_lose_nothing(vector_len, out_features, columns, groups, order):
     grid = packed.UnitGrid(weight, order)
     shape = (groups, weight.num_vectors, columns)
     index = np.random.default_rng(columns).integers(0, 1 << 16, shape, np.uint32)
-    streams = packed._to_streams(index, grid)
+    streams = packed._to_streams(jnp.asarray(index), grid)
     assert streams.shape == (*grid.words_shape[:3], grid.streams, order.entries)
     np.testing.assert_array_equal(packed._from_streams(streams, grid), index)
 
@@ -85,7 +85,7 @@ def test_words_lose_nothing(bits):
     grid = packed.UnitGrid(weight, Order(4, 8))
     rng = np.random.default_rng(0)
     shape = (*grid.words_shape[:3], grid.streams, grid.order.entries)
-    streams = [rng.integers(0, 1 << b, shape, np.uint32) if b else None for b in bits]
+    streams = [jnp.asarray(rng.integers(0, 1 << b, shape, np.uint32)) if b else None for b in bits]
     words = packed._pack_units(*streams, grid)
     assert words.shape == grid.words_shape
     for found, expected in zip(packed._unpack_units(words, grid), streams, strict=True):
