@@ -313,7 +313,7 @@ class _VPTQSource(StoredSource):
         residual = None
         if layer.format.num_res_centroids:
             residual = _unsigned(self._stored.files.read(f"{path}.{_RES_INDICES}")).astype(np.uint32)
-        packed: Any = (main, residual)
+        packed: Any = jax.device_put((main, residual))
         return VQArray.from_indices(layer.format, *packed, **fields)
 
 

@@ -113,7 +113,7 @@ class KVCache:
     def grown(self, sizes: Sequence[int]) -> KVCache:
         """The cache with more slots, `sizes` by layer; a ring that has gone round must keep its size."""
 
-        def pad(x: Float[Array, "B K S D"], size: int) -> Float[Array, "B K S D"]:
+        def pad(x: Float[Array, "B K S D"], size: int) -> Float[Array, "B K size D"]:
             return jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0))) if size > x.shape[2] else x
 
         keys, values = (tuple(map(pad, arrays, sizes)) for arrays in (self.keys, self.values))
