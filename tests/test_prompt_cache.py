@@ -143,11 +143,12 @@ def test_a_ring_holds_the_last_slots_after_chunks(size, prompt, chunks):
     def slots(first, count):
         return np.arange(first, first + count, dtype=np.float32).reshape(1, 1, count, 1)
 
-    cache = LayerCache.from_prompt(slots(0, prompt), slots(0, prompt), jnp.array([0]), size)
+    first = jnp.asarray(slots(0, prompt))
+    cache = LayerCache.from_prompt(first, first, jnp.array([0]), size)
     for length, padding in chunks:
         new = slots(int(cache.slot), length + padding)
         new[:, :, length:] = -1
-        cache = cache.extend(new, 10 * new, jnp.int32(length))
+        cache = cache.extend(jnp.asarray(new), jnp.asarray(10 * new), jnp.int32(length))
     held, last = np.asarray(cache.keys)[0, 0, :, 0], int(cache.slot)
     positions = np.asarray(cache.positions())[0]
     np.testing.assert_array_equal(held[positions >= 0], positions[positions >= 0])
