@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 TARGETS = {"sm_90": "9"}
 """GPUs that kernels are built for: the name of a target, and its compute capability's first number."""
@@ -50,6 +51,15 @@ def why_no_mosaic(devices: tuple[Any, ...] | None = None) -> str | None:
         return f"the device is {device.platform!r}, not an NVIDIA GPU"
     capability = getattr(device, "compute_capability", "0.0")
     return f"{device.device_kind} has compute capability {capability}; the kernels are built for 9.0 (Hopper)"
+
+
+def has_fused_attention(dtype: Any, head_dim: int) -> bool:
+    """Whether the default device has cuDNN's fused attention, forward and backward, for heads of this kind."""
+    device = default_device()
+    if device.platform not in ("gpu", "cuda") or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return False
+    generation = str(getattr(device, "compute_capability", "")).partition(".")[0]  # no number on AMD's
+    return generation.isdigit() and int(generation) >= 8 and head_dim % 8 == 0 and head_dim <= 128
 
 
 @functools.cache

@@ -123,7 +123,7 @@ def windows(lm, part, count):
 
 
 def test_four_bits_keep_its_sense(lm, tmp_path):
-    hessians = collect_hessians(lm, data.batches(windows(lm, "calibration", 8)), progress=False)
+    hessians = collect_hessians(lm, data.batches(windows(lm, "calibration", 48)), progress=False)
     small, report = quantize(lm, QuantConfig("v2-k256"), hessians, progress=False)
     assert all(isinstance(layer, VQLinear) for layer in small.module.linears().values())
     assert 4 <= report.bits_total < 4.5

@@ -13,9 +13,11 @@ from vptq_jax.lm.norm import make_norm
 from vptq_jax.lm.params import ParamSource
 from vptq_jax.lm.rope import Rotary, rotate
 from vptq_jax.nn.linear import Unnormalized, project
+from vptq_jax.pallas import dispatch
 from vptq_jax.pallas.decode_attention import decode_attention
 
 QUERY_CHUNK = 256
+_SHORTEST_FUSED = 128  # tokens of a row; for fewer it is not worth building a program
 
 
 class Attention(nnx.Module):
@@ -49,9 +51,9 @@ class Attention(nnx.Module):
         return q if self.query_factor == 1 else q * self.query_factor, k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def __call__(self, x: Float[Array, "B T hidden"] | Unnormalized, at: Rotary) -> Float[Array, "B T hidden"]:
-        """Every token sees the tokens of its row up to itself."""
+        """Every token sees the tokens of its row up to itself; `at` those of plain rows, positions 0 to T - 1."""
         q, k, v = self._heads(x, at)
-        return self._out(attend(q, k, v, at.positions, at.positions, self.window))
+        return self._out(attend_rows(q, k, v, self.window))
 
     def prefill(
         self, x: Float[Array, "B T hidden"] | Unnormalized, at: Rotary, start: Int[Array, "B"], size: int
@@ -86,6 +88,31 @@ class Attention(nnx.Module):
 
     def _out(self, heads: Float[Array, "B T N D"]) -> Float[Array, "B T hidden"]:
         return self.o_proj(heads.reshape(*heads.shape[:2], -1))
+
+
+def attend_rows(
+    q: Float[Array, "B T N D"], keys: Float[Array, "B K T D"], values: Float[Array, "B K T D"], window: int | None
+) -> Float[Array, "B T N D"]:
+    """As `attend`, for rows without padding: queries and keys lie at positions 0 to T - 1.
+
+    Long rows in two bytes a number take cuDNN's fused attention on a GPU that has it, whose scores never reach memory.
+    """
+
+    def plain(q: Array, keys: Array, values: Array) -> Array:
+        positions = jnp.arange(q.shape[1])[None]
+        return attend(q, keys, values, positions, positions, window)
+
+    def fused(q: Array, keys: Array, values: Array) -> Array:
+        keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+        seen = None if window is None else (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q, keys, values, is_causal=True, local_window_size=seen, implementation="cudnn"
+        )
+
+    if q.shape[1] < _SHORTEST_FUSED or not dispatch.has_fused_attention(q.dtype, q.shape[-1]):
+        return plain(q, keys, values)
+    # The default device is a GPU; the arrays may still lie on the host.
+    return jax.lax.platform_dependent(q, keys, values, cuda=fused, default=plain)
 
 
 def attend(

@@ -35,8 +35,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array | np.ndarray, "*batch in"], *, dtype: Any = None) -> Float[Array, "*batch out"]:
         """The result is in `dtype`, by default that of x."""
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype), preferred_element_type=jnp.float32)
-        return _add_bias(y, self.bias).astype(dtype or x.dtype)
+        dtype = dtype or x.dtype
+        # Whatever dtype a product has, sums are float32; asked for in bfloat16, its gradient takes no float32 product.
+        found = dtype if self.bias is None else jnp.float32
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype), preferred_element_type=found)
+        return _add_bias(y, self.bias).astype(dtype)
 
     @property
     def shape(self) -> tuple[int, int]:

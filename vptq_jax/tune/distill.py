@@ -182,8 +182,9 @@ class _Run:
 
     def sizes(self, leaves: list[Leaves]) -> dict[str, float]:
         """The root mean square of every leaf, by its path in the model."""
-        names = [f"layers.{index}." for index in range(len(leaves) - 1)] + [""]
-        found = jax.device_get([_sizes(part) for part in leaves])
+        blocks = self.student.by_block(leaves)
+        names = [f"layers.{index}." for index in range(len(blocks) - 1)] + [""]
+        found = jax.device_get([_sizes(part) for part in blocks])
         return {start + name: float(x) for start, part in zip(names, found, strict=True) for name, x in part.items()}
 
     def problem(self, losses: list[float], first: int) -> str | None:

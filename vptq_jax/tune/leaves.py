@@ -68,7 +68,7 @@ def units(block: Block, leaves: Leaves) -> Leaves:
         if array.scale is not None:
             found |= {f"{path}.{field}": jnp.abs(leaves[f"{path}.scale"]) for field in ("scale", "offset")}
         if f"{path}.bias" in found:
-            found[f"{path}.bias"] = jnp.sqrt(jnp.mean(jnp.square(leaves[f"{path}.bias"])))
+            found[f"{path}.bias"] = jnp.sqrt(jnp.mean(jnp.square(leaves[f"{path}.bias"]), keepdims=True))
     return found
 
 

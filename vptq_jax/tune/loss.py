@@ -49,16 +49,30 @@ def divergence_of(
 
     def sums(x: Array, target: Array, real: Array) -> tuple[Array, Array]:
         kl, same = compare(_logits(x, heads[0], caps[0]), _logits(target, heads[1], caps[1]))
-        return jnp.where(real, kl, 0).sum() / count, jnp.where(real, same, False).sum() / count
+        return jnp.where(real, kl, 0).sum(), jnp.where(real, same, False).sum()
 
     def chunk(part: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         (kl, same), gradient = jax.value_and_grad(sums, has_aux=True)(*part)
         return kl, same, gradient
 
     kl, same, gradient = jax.lax.map(chunk, (parts(x), parts(target), real))
-    return kl.sum(), same.sum(), gradient.reshape(-1, x.shape[-1])[:count].reshape(x.shape)
+    gradient = gradient.reshape(-1, x.shape[-1])[:count].reshape(x.shape)
+    return kl.sum() / count, same.sum() / count, gradient / count
 
 
 def _logits(x: Array, head: Array, cap: float | None) -> Float[Array, "n V"]:
-    logits = jnp.einsum("nh,vh->nv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    logits = _product(x, head.astype(x.dtype))
     return logits if cap is None else jnp.tanh(logits / cap) * cap
+
+
+@jax.custom_vjp
+def _product(x: Float[Array, "n h"], head: Float[Array, "V h"]) -> Float[Array, "n V"]:
+    """Float32 logits, whose gradient goes back as a product in the dtype of x, not in float32; the head learns nothing."""
+    return jnp.einsum("nh,vh->nv", x, head, preferred_element_type=jnp.float32)
+
+
+def _product_back(head: Float[Array, "V h"], slope: Float[Array, "n V"]) -> tuple[Array, None]:
+    return jnp.einsum("nv,vh->nh", slope.astype(head.dtype), head, preferred_element_type=head.dtype), None
+
+
+_product.defvjp(lambda x, head: (_product(x, head), head), _product_back)
