@@ -132,10 +132,12 @@ def test_the_same_run_twice_is_the_same_to_the_bit_and_holds_text_out():
 
 
 def test_a_rate_that_diverges_ends_the_run_and_keeps_the_best():
-    teacher, student = pair("v6-k16-4")
-    with pytest.warns(TuningWarning, match="it diverges. Take a lower learning rate than 5\\."):
+    _, student = pair("v6-k16-4")
+    teacher = nnx.merge(*nnx.split(student), copy=True)  # already near: there is nothing but to go away
+    teacher.norm.weight[...] = 1.1 * teacher.norm.weight[...]
+    with pytest.warns(TuningWarning, match="it diverges. Take a lower learning rate than 1;"):
         tuned, history = vq.distill(
-            student, teacher, BATCHES, config(learning_rate=5.0, tokens=36 * 60), held_out=HELD_OUT
+            student, teacher, BATCHES, config(learning_rate=1.0, tokens=36 * 60), held_out=HELD_OUT
         )
     assert history.best == 0
     assert "by step 10," in history.stopped

@@ -17,6 +17,7 @@ from vptq_jax.lm.decoder import Block, Decoder, RMSNorm, check_tokens
 from vptq_jax.lm.rope import Rotary
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.nn.moments import Moment
+from vptq_jax.pallas import dispatch
 
 Tokens: TypeAlias = Integer[Array | np.ndarray, "_B _T"]
 """Token ids of one batch; others may be of other shapes."""
@@ -30,7 +31,9 @@ def hessian_key(path: str) -> str:
 
 
 class Activations:
-    """Hidden states of every calibration batch in front of one block, kept on the host.
+    """Hidden states of every calibration batch in front of one block.
+
+    They lie on the device where they take a small part of what is free there, and on the host otherwise.
 
     Args:
         model: gives embedding, rotary positions and final norm; its blocks are passed in one by one.
@@ -42,11 +45,13 @@ class Activations:
         self._norm = model.norm
         lengths = {batch.shape[1] for batch in batches}
         self._at = {length: model.rotary(jnp.arange(length)[None]) for length in lengths}
-        self._hidden = [np.asarray(model.embed(jnp.asarray(batch))) for batch in batches]
+        width = model.config.hidden_size * jnp.dtype(model.dtype).itemsize
+        self._on_host = self.tokens * width > _free_bytes() // 4
+        self._hidden = self._kept(model.embed(jnp.asarray(batch)) for batch in batches)
 
     def advance(self, block: Block) -> None:
         """Replaces the hidden states by the outputs of a block."""
-        self._hidden = self._fetch(_run(block, jnp.asarray(h), self._at[h.shape[1]]) for h in self._hidden)
+        self._hidden = self._kept(_run(block, jnp.asarray(h), self._at[h.shape[1]]) for h in self._hidden)
 
     def observe(self, block: Block, name: str) -> dict[str, Float[np.ndarray, "in in"]]:
         """H of the inputs of a block's linear layers, by module path; the hidden states advance.
@@ -66,7 +71,7 @@ class Activations:
                 out, moments = _observe(block, jnp.asarray(h), self._at[h.shape[1]], moments)
                 yield out
 
-        self._hidden = self._fetch(outputs())
+        self._hidden = self._kept(outputs())
         return self._means(_in_forward_order(moments, block), name)
 
     def observe_layer(self, block: Block, name: str, key: str) -> Float[np.ndarray, "in in"]:
@@ -103,9 +108,10 @@ class Activations:
         means = {f"{name}.{path}": moment.mean(self.tokens) for path, moment in moments.items()}
         return {path: (mean + mean.T) / 2 for path, mean in means.items()}
 
-    @staticmethod
-    def _fetch(outputs: Iterable[Array]) -> list[np.ndarray]:
-        """Outputs on the host; each is fetched while the device works on the next."""
+    def _kept(self, outputs: Iterable[Array]) -> Sequence[Array | np.ndarray]:
+        """Outputs where they are kept; one for the host is fetched while the device works on the next."""
+        if not self._on_host:
+            return list(outputs)
         fetched: list[np.ndarray] = []
         waiting = None
         for output in outputs:
@@ -130,6 +136,12 @@ def check_batches(batches: Iterable[Tokens], vocab_size: int) -> Iterator[Int[np
         yield tokens
     if not count:
         raise ValueError("there are no calibration batches; is the text shorter than one window?")
+
+
+def _free_bytes() -> int:
+    """Memory of the default device that nothing takes; none where the device does not say, as a CPU."""
+    stats = dispatch.default_device().memory_stats() or {}
+    return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
 
 
 class _Tap:

@@ -67,7 +67,7 @@ def _logits(x: Array, head: Array, cap: float | None) -> Float[Array, "n V"]:
 
 @jax.custom_vjp
 def _product(x: Float[Array, "n h"], head: Float[Array, "V h"]) -> Float[Array, "n V"]:
-    """Float32 logits, whose gradient goes back as a product in the dtype of x, not in float32; the head learns nothing."""
+    """Float32 logits; their gradient goes back as a product in the dtype of x, and the head gets none."""
     return jnp.einsum("nh,vh->nv", x, head, preferred_element_type=jnp.float32)
 
 
