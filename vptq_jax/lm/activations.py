@@ -105,8 +105,7 @@ class Activations:
                     f"the calibration data gives {name}.{path} values that are NaN, infinite or have squares beyond "
                     "float32, expected finite ones; check the weights before it, or load the model in float32"
                 )
-        means = {f"{name}.{path}": moment.mean(self.tokens) for path, moment in moments.items()}
-        return {path: (mean + mean.T) / 2 for path, mean in means.items()}
+        return {f"{name}.{path}": moment.mean(self.tokens) for path, moment in moments.items()}
 
     def _kept(self, outputs: Iterable[Array]) -> Sequence[Array | np.ndarray]:
         """Outputs where they are kept; one for the host is fetched while the device works on the next."""

@@ -31,12 +31,13 @@ def collect_hessians(
     call: Callable[[Any, Any], Any] | None = None,
     *,
     progress: bool = True,
-    chunk_tokens: int = 1 << 18,
+    chunk_tokens: int = 1 << 19,
 ) -> Hessians:
     """Collects H of every linear layer of a decoder, and of its output projection, in one pass of the model.
 
     Batches are read in chunks. A chunk passes block by block, so that the device holds the moments of a single
-    block and the host the hidden states of one chunk, however long the stream is.
+    block, and the hidden states of one chunk lie there or, where they take too much of it, on the host, however long
+    the stream is.
 
     Args:
         model: a language model, in memory (plain or quantized) or in storage, from where blocks are read as they are
@@ -44,7 +45,7 @@ def collect_hessians(
         batches: token ids, integer [B, T]; every token counts. Equal shapes share one compiled program.
         call: how another module is run on a batch, see `nn.collect.collect`, which does the work there.
         progress: show a progress bar.
-        chunk_tokens: tokens whose hidden states the host keeps at once.
+        chunk_tokens: tokens whose hidden states device or host keep at once.
 
     Returns:
         Hessians by module path; `lm_head` (`model.embed_tokens` when tied) for the output projection.

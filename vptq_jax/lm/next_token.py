@@ -65,6 +65,11 @@ def restrict(logits: Float[Array, "B V"], sampling: SamplingArrays) -> Float[Arr
     The most likely token always stays, and so do tokens as likely as the last one kept.
     """
     logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
+    all_stay = (sampling.top_k >= logits.shape[-1]) & (sampling.top_p >= 1) & (sampling.min_p <= 0)
+    return jax.lax.cond(all_stay, lambda logits, _: logits, _filtered, logits, sampling)
+
+
+def _filtered(logits: Float[Array, "B V"], sampling: SamplingArrays) -> Float[Array, "B V"]:
     # Bits of floats of one sign sort as integers do, which is several times as fast.
     bits = jax.lax.sort(jax.lax.bitcast_convert_type(-logits, jnp.int32), dimension=-1)
     ranked = -jax.lax.bitcast_convert_type(bits, jnp.float32)

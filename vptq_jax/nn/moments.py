@@ -34,10 +34,15 @@ class Moment(NamedTuple):
         return Moment(total, (self.total - (total - kept)) + (term - kept))
 
     def mean(self, tokens: int) -> Float[np.ndarray, "*stack in in"]:
-        """The moment per token, summed in float64, as float32 on the host."""
-        exact = np.asarray(self.total, np.float64) + np.asarray(self.lost, np.float64)
-        return (exact / tokens).astype(np.float32)
+        """The moment per token, symmetric to the bit, as float32 on the host."""
+        return np.asarray(_mean(self, jnp.float32(tokens)))
 
     def finite(self) -> Bool[Array, ""]:
         """Whether every row added so far was finite (squares of others show on the diagonal)."""
         return jnp.isfinite(jnp.trace(self.total))
+
+
+@jax.jit
+def _mean(moment: Moment, tokens: Float[Array, ""]) -> Float[Array, "*stack in in"]:
+    mean = moment.total / tokens + moment.lost / tokens
+    return (mean + mean.swapaxes(-1, -2)) / 2
