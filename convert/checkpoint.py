@@ -14,17 +14,11 @@ It is written under a temporary name and renamed, so it exists completely or not
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import functools
 import importlib.metadata
 import json
-import os
-import threading
-import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,9 +29,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from vptq_jax.array import VQArray
+from vptq_jax.array_files import changed_files, checksums, json_crc, read_arrays, write_arrays
 from vptq_jax.convert.source import FLOATS
 from vptq_jax.convert.tokenizer import load_tokenizer, save_tokenizer
-from vptq_jax.files import Kind, held_interrupt, new_directory
+from vptq_jax.files import Kind, new_directory
 from vptq_jax.format import Format
 from vptq_jax.json_files import read_json
 from vptq_jax.lm.config import ModelConfig, RopeConfig
@@ -56,7 +51,6 @@ FORMAT_VERSION = 1
 
 MANIFEST = "vptq_jax.json"
 _ARRAYS, _TOKENIZER = "arrays", "tokenizer"
-_CHUNK = 1 << 22
 
 Shardings = jax.sharding.Sharding | Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 
@@ -100,14 +94,14 @@ def save(
     with new_directory(path, kind=KIND, overwrite=overwrite) as temporary:
         module, rounding = stored(lm.module)
         arrays = {name: _stored(name, leaf) for name, leaf in _leaves(module)[0].items()}
-        _write_arrays(temporary / _ARRAYS, arrays)
+        write_arrays(temporary / _ARRAYS, arrays)
         if lm.tokenizer is not None:
             save_tokenizer(lm.tokenizer, temporary / _TOKENIZER)
         if report is not None:
             report.save(temporary)
         manifest = _manifest(module, arrays) | {"generation_config": lm.generation_config}
-        manifest |= {"metadata": json.loads(text), "files": _checksums(temporary)}
-        (temporary / MANIFEST).write_text(json.dumps(manifest | {"crc": _json_crc(manifest)}, indent=1))
+        manifest |= {"metadata": json.loads(text), "files": checksums(temporary)}
+        (temporary / MANIFEST).write_text(json.dumps(manifest | {"crc": json_crc(manifest)}, indent=1))
     if rounding.wide:
         named = short(", ".join(rounding.wide))
         warnings.warn(f"saved in a wide dtype, since they do not fit their narrow one: {named}", stacklevel=2)
@@ -131,7 +125,7 @@ def load(path: str | Path, *, sharding: Shardings | None = None, verify: bool = 
     manifest = _read_manifest(path)
     raise_problems(f"{path} is damaged", file_problems(path, verify=verify))
     shell, names, structure = _shell(path, manifest)
-    arrays = _read_arrays(path / _ARRAYS, _abstract_arrays(manifest, sharding))
+    arrays = read_arrays(path / _ARRAYS, _abstract_arrays(manifest, sharding))
     restored = [_restored(name, arrays[name]) for name in names]
     module = nnx.merge(nnx.graphdef(shell), jax.tree.unflatten(structure, restored))
     return LanguageModel(module, load_tokenizer(path / _TOKENIZER), manifest.get("generation_config"))
@@ -165,16 +159,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 def file_problems(path: str | Path, *, verify: bool = True) -> Iterator[str]:
     """Files of a checkpoint that are missing, of another size or, with `verify`, of other contents than saved."""
     path = Path(path)
-    for name, (size, crc) in _read_manifest(path)["files"].items():
-        file = path / name
-        if not file.resolve().is_relative_to(path.resolve()):
-            yield f"{short(name)} lies outside the checkpoint"
-        elif not file.is_file():
-            yield f"{short(name)} is missing"
-        elif file.stat().st_size != size:
-            yield f"{short(name)} has {file.stat().st_size} bytes; expected {size} (truncated?)"
-        elif verify and _crc(file) != crc:
-            yield f"{short(name)} has changed since it was saved (its CRC-32 differs)"
+    yield from changed_files(path, _read_manifest(path)["files"], verify=verify)
 
 
 def _files(path: Path) -> set[str] | None:
@@ -287,89 +272,6 @@ def _abstract_arrays(manifest: Mapping[str, Any], sharding: Shardings | None) ->
     return arrays
 
 
-# Orbax counts operations per process: two at a time wait for each other's signals, or for ever.
-_ORBAX = threading.Lock()
-
-
-_PATIENCE, _QUIET = 10.0, 0.3  # seconds
-
-
-def _write_arrays(path: Path, arrays: dict[str, Array]) -> None:
-    import orbax.checkpoint as ocp
-
-    others = set(threading.enumerate())
-    try:
-        # An interrupted Orbax goes on in threads that nobody waits for, and threads of its asynchronous checkpointer
-        # wait for ten minutes for one another after an error.
-        with _ORBAX, held_interrupt(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(path.absolute(), arrays)
-    except Exception as error:  # Orbax and TensorStore raise many kinds
-        for thread in set(threading.enumerate()) - others:
-            if type(thread).__module__.startswith("orbax."):
-                thread.join(_PATIENCE)
-        _wait_for_quiet(path.parent)  # threads of TensorStore would bring back what is about to be removed
-        raise _storage_error(error, path, "cannot be written") from error
-
-
-def _wait_for_quiet(directory: Path) -> None:
-    """Waits until nothing has changed in a directory for a while."""
-
-    def entries() -> set[tuple[str, int]]:
-        found = set()
-        for root, directories, files in os.walk(directory):
-            for name in (*directories, *files):
-                with contextlib.suppress(OSError):  # gone meanwhile
-                    found.add((os.path.join(root, name), os.lstat(os.path.join(root, name)).st_mtime_ns))
-        return found
-
-    end, before = time.monotonic() + _PATIENCE, None
-    while time.monotonic() < end and (now := entries()) != before:
-        before = now
-        time.sleep(_QUIET)
-
-
-def _read_arrays(path: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    import orbax.checkpoint as ocp
-
-    try:
-        with _ORBAX, ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(path.absolute()).item_metadata.tree
-            # Orbax would convert in silence.
-            changed = [name for name, array in abstract.items() if stored[name].dtype != array.dtype]
-            arrays = None if changed else checkpointer.restore(path.absolute(), abstract)
-    except Exception as error:  # idem
-        raise ValueError(str(_storage_error(error, path, "cannot be restored"))) from error
-    if arrays is None:
-        first = changed[0]
-        raise ValueError(
-            f"{path} holds {short(first)} in {stored[first].dtype}, but {MANIFEST} says {abstract[first].dtype}"
-        )
-    return arrays
-
-
-def _storage_error(error: Exception, path: Path, what: str) -> OSError:
-    """What went wrong, without the kilobytes of settings that TensorStore adds."""
-    text = str(error)
-    for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        if os.strerror(code) in text:
-            return OSError(code, f"{what}: {os.strerror(code)}", str(path))
-    reason = text.splitlines()[0][:200] if text else "no reason given"
-    return OSError(f"{path} {what} ({type(error).__name__}: {reason})")
-
-
-def _checksums(directory: Path) -> dict[str, list[int]]:
-    files = sorted(file for file in directory.rglob("*") if file.is_file())
-    return {str(file.relative_to(directory)): [file.stat().st_size, _crc(file)] for file in files}
-
-
-def _crc(file: Path) -> int:
-    value = 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not is_checkpoint(path):
         raise FileNotFoundError(f"{path} is no vptq_jax checkpoint: it has no {MANIFEST}")
@@ -384,7 +286,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"this version reads up to {FORMAT_VERSION}. Upgrade vptq_jax"
         )
     # Manifests of 0.1.0 and before have no checksum of their own.
-    if "crc" in manifest and manifest["crc"] != _json_crc({k: v for k, v in manifest.items() if k != "crc"}):
+    if "crc" in manifest and manifest["crc"] != json_crc({k: v for k, v in manifest.items() if k != "crc"}):
         raise ValueError(f"{path / MANIFEST} has changed since it was saved (its CRC-32 differs)")
     for key in ("config", "layers", "metadata"):
         fields.object(key, REQUIRED)
@@ -404,8 +306,3 @@ def _check_pairs(fields: Reader, key: str, is_right: Callable[[list], bool], exp
     for name, pair in ({} if pairs is None else pairs.raw).items():
         if not isinstance(pair, list) or len(pair) != 2 or not is_right(pair):
             fields.problems.append(f"{key} has {short(pair)} for {short(name)}; expected {expected}")
-
-
-def _json_crc(manifest: Mapping[str, Any]) -> int:
-    """CRC-32 of JSON values, whatever the order of keys and the space between them."""
-    return zlib.crc32(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())

@@ -112,7 +112,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(directory):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_checksums", interrupted)
+    monkeypatch.setattr(checkpoint, "checksums", interrupted)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(random_model(), tmp_path / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -172,7 +172,7 @@ def edit_manifest(path, change, *, forge=True):
         (lambda m: m["arrays"].update({"norm.weight": ["floaty", [24]]}), "dtype 'floaty'; expected float32"),
         (
             lambda m: m["arrays"].update({"norm.weight": ["float16", [24]]}),
-            "in float32, but vptq_jax.json says float16",
+            "in float32, but its record says float16",
         ),
         (lambda m: m["arrays"].update({"norm.weight": []}), r"arrays has \[\] for 'norm.weight'"),
         (lambda m: m["files"].update({"arrays/x": 5}), "files has 5 for 'arrays/x'"),

@@ -17,6 +17,7 @@ class TuneConfig:
             column's scale, a norm's entries.
         warmup_steps: the rate rises linearly over so many steps, then falls as a cosine to zero at the last.
         evaluations: how often held-out text is scored, spread over the run; the best leaves are the result.
+        accumulate: batches whose mean gradient makes one step, for steps of more tokens than memory holds at once.
         dtype: of the decoded weights and activations; what learns is float32.
 
     Raises:
@@ -27,10 +28,11 @@ class TuneConfig:
     learning_rate: float = 5e-3
     warmup_steps: int = 10
     evaluations: int = 10
+    accumulate: int = 1
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "warmup_steps", "evaluations"):
+        for name in ("tokens", "warmup_steps", "evaluations", "accumulate"):
             if not is_integer(value := getattr(self, name)) or value < 1:
                 raise ValueError(f"{name} is {short(value)}; expected a whole number of at least 1")
         if not is_finite(self.learning_rate) or self.learning_rate <= 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 import warnings
 from collections.abc import Iterable
@@ -11,17 +12,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from vptq_jax.extras import progress_bar
 from vptq_jax.lm.activations import Tokens, check_batches
 from vptq_jax.lm.decoder import Decoder
 from vptq_jax.lm.divergence import check_same_vocabulary
+from vptq_jax.lm.fingerprint import end_digests, model_fingerprint, module_digests, text_digest
 from vptq_jax.lm.language_model import LanguageModel
+from vptq_jax.meshes import as_automatic
 from vptq_jax.nn.forms import cast, trainable
+from vptq_jax.nn.placement import place
+from vptq_jax.schema import short
 from vptq_jax.tune.config import DEFAULTS, TuneConfig
 from vptq_jax.tune.leaves import Leaves
 from vptq_jax.tune.student import Student, Teacher
+from vptq_jax.tune.tune_dir import TuneDir
 
 _HELD_OUT = 64  # rows at most
 _CHECKED = 10  # steps between looks at the loss, for which the host waits
@@ -58,6 +65,8 @@ def distill(
     config: TuneConfig = DEFAULTS,
     *,
     held_out: Int[np.ndarray, "n T"] | None = None,
+    workdir: str | os.PathLike[str] | TuneDir | None = None,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> tuple[Any, TuneHistory]:
     """Trains a quantized model's codebooks, scales, offsets, biases and norms on KL(teacher || student).
@@ -72,6 +81,10 @@ def distill(
         config: the options.
         held_out: rows [n, T] to score; None takes them from the last batches, which then are not trained on: a
             sixteenth of all rows, 64 at most.
+        workdir: what was reached is kept there at every evaluation; called again with the same inputs after a crash or
+            a kill, the run goes on from the last one, with the same steps. It stays when the run is done, and gives
+            the same result again.
+        mesh: the rows of every batch are divided among all of its devices, which hold the models as a whole each.
         progress: show a bar.
 
     Returns:
@@ -80,8 +93,15 @@ def distill(
 
     Raises:
         ValueError: before work starts: the student has no quantized layer, the vocabularies differ, or batches are
-            unusable or too few to hold any out, or the divergence is not finite before the first step.
+            unusable or too few to hold any out, or do not divide among the devices, the divergence is not finite
+            before the first step, or `workdir` belongs to another run, is in use or damaged.
+        OSError: `workdir` cannot be written; what was saved there before stays usable.
     """
+    if workdir is not None and not isinstance(workdir, TuneDir):
+        with TuneDir(workdir) as directory:
+            return distill(
+                student, teacher, batches, config, held_out=held_out, workdir=directory, mesh=mesh, progress=progress
+            )
     lm = LanguageModel.of(student)
     module, master = trainable(lm.module), LanguageModel.of(teacher).module
     check_same_vocabulary(module, master)
@@ -92,11 +112,18 @@ def distill(
         train, held_out = _split(train)
     else:
         (held_out,) = check_batches([held_out], module.config.vocab_size)
-    run = _Run(module, master, config, held_out)
+    if mesh is not None:
+        _check_divides(train, held_out, mesh)
+    if workdir is not None:
+        workdir.bind(_record(module, master, train, held_out, config))
+    run = _Run(module, master, config, held_out, workdir, mesh)
     history = run.train(train, progress)
     if history.stopped:
         warnings.warn(history.stopped, TuningWarning, stacklevel=2)
-    tuned = run.student.tuned(run.best)
+    best = run.best
+    if mesh is not None:
+        best = jax.device_put(jax.device_get(best), module.norm.weight[...].sharding)
+    tuned = run.student.tuned(module, best)
     return (tuned if isinstance(student, Decoder) else dataclasses.replace(lm, module=tuned)), history
 
 
@@ -114,11 +141,45 @@ def _split(batches: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
     return kept, np.concatenate([part[:, :length] for part in parts])[:wanted]
 
 
+def _check_divides(batches: list[np.ndarray], held_out: np.ndarray, mesh: Mesh) -> None:
+    """Makes sure that rows divide among the devices of a mesh."""
+    for what, sizes in (("batches have", {len(batch) for batch in batches}), ("held_out has", {len(held_out)})):
+        if wrong := sorted(size for size in sizes if size % mesh.size):
+            raise ValueError(f"{what} {short(wrong)} rows; expected multiples of the {mesh.size} devices of the mesh")
+
+
+def _record(
+    module: Decoder, teacher: Decoder, batches: list[np.ndarray], held_out: np.ndarray, config: TuneConfig
+) -> dict[str, Any]:
+    """What a run depends on."""
+
+    def fingerprint(model: Decoder) -> str:
+        digests = end_digests(model)
+        for index, block in enumerate(model.layers):
+            digests |= module_digests(block, f"model.layers.{index}")
+        return model_fingerprint(model.config.to_hf(), digests)
+
+    return {
+        "student": fingerprint(module), "teacher": fingerprint(teacher), "text": text_digest(batches),
+        "held_out": text_digest([held_out]), "options": dataclasses.asdict(config),
+    }  # fmt: skip
+
+
 class _Run:
     """The state of one run: student and teacher, the best leaves and the rows of the history."""
 
-    def __init__(self, module: Decoder, teacher: Decoder, config: TuneConfig, held_out: np.ndarray):
-        self.config, self.held_out = config, held_out
+    def __init__(
+        self,
+        module: Decoder,
+        teacher: Decoder,
+        config: TuneConfig,
+        held_out: np.ndarray,
+        workdir: TuneDir | None,
+        mesh: Mesh | None,
+    ):
+        self.config, self.held_out, self.workdir, self.mesh = config, held_out, workdir, mesh
+        if mesh is not None:
+            module, teacher = (as_automatic(place(model, mesh)) for model in (module, teacher))
         self.student, self.teacher = Student(module, config.dtype), Teacher(cast(teacher, config.dtype))
         self.start = self.sizes(self.student.leaves)
         self.rows: list[dict[str, Any]] = []
@@ -126,23 +187,27 @@ class _Run:
 
     def train(self, batches: list[np.ndarray], progress: bool) -> TuneHistory:
         """Takes all steps, or stops early."""
-        steps = _steps(batches, self.config.tokens)
+        together = self.config.accumulate
+        steps = max(1, _steps(batches, self.config.tokens) // together)
         marks = {round(steps * i / self.config.evaluations) for i in range(1, self.config.evaluations + 1)} - {0}
-        self.evaluate(0, 0, 0.0, None, 0.0)
+        if not self.resume():
+            self.evaluate(0, 0, 0.0, None, 0.0)
         if not np.isfinite(self.rows[0]["kl"]):
             raise ValueError(
                 "the divergence of the student from its teacher is not finite before the first step; one of their "
                 "tensors probably holds NaN or infinite values"
             )
-        begin, tokens, stopped = time.perf_counter(), 0, None
+        done, tokens, stopped = self.rows[-1]["step"], self.rows[-1]["tokens"], None
+        begin = time.perf_counter() - self.rows[-1]["seconds"]
         waiting: list[Array] = []  # losses on the device
         losses: list[float] = []
         with progress_bar(progress, total=steps, desc="Tuning", unit="step") as bar:
-            for step in range(1, steps + 1):
-                batch = batches[(step - 1) % len(batches)]
+            bar.update(done)
+            for step in range(done + 1, steps + 1):
+                chosen = [batches[i % len(batches)] for i in range((step - 1) * together, step * together)]
                 rate = self.rate(step, steps)
-                waiting.append(self.student.step(jnp.asarray(batch), self.teacher, rate))
-                tokens += batch.size
+                waiting.append(self.student.step([self.put(batch) for batch in chosen], self.teacher, rate))
+                tokens += sum(batch.size for batch in chosen)
                 if len(waiting) >= _CHECKED or step in marks:
                     fresh = [float(x) for x in jax.device_get(waiting)]
                     stopped = self.problem(fresh, step - len(fresh) + 1)
@@ -151,6 +216,8 @@ class _Run:
                     self.evaluate(step, tokens, time.perf_counter() - begin, float(np.mean(losses)), rate)
                     bar.set_postfix_str(f"KL {self.rows[-1]['kl']:.4f}")
                     losses = []
+                    if not stopped:
+                        self.save()
                 bar.update()
                 if stopped:
                     break
@@ -163,11 +230,12 @@ class _Run:
 
     def evaluate(self, step: int, tokens: int, seconds: float, loss: float | None, rate: float) -> None:
         """Scores the leaves on held-out text, and keeps them if they are the best."""
-        size = max(1, len(self.held_out) // 8)
+        least = 1 if self.mesh is None else self.mesh.size
+        size = max(least, len(self.held_out) // 8 // least * least)
         scores, weights = [], []
         for at in range(0, len(self.held_out), size):
             rows = self.held_out[at : at + size]
-            scores.append(self.student.score(jnp.asarray(rows), self.teacher))
+            scores.append(self.student.score(self.put(rows), self.teacher))
             weights.append(len(rows))
         kl, top1 = np.average(np.array(jax.device_get(scores)), axis=0, weights=weights)
         row = {"step": step, "tokens": tokens, "seconds": seconds, "kl": float(kl), "top1": float(top1)}
@@ -175,6 +243,39 @@ class _Run:
         self.rows.append(row | {"loss": loss, "learning_rate": rate})
         if kl < best:
             self.best = self.copy()
+
+    def put(self, rows: np.ndarray) -> Array:
+        """Rows of tokens on the device, or divided among those of the mesh."""
+        if self.mesh is None:
+            return jnp.asarray(rows)
+        like = self.student.model.norm.weight[...].sharding
+        assert isinstance(like, NamedSharding)
+        return jax.device_put(rows, NamedSharding(like.mesh, PartitionSpec(like.mesh.axis_names)))
+
+    def save(self) -> None:
+        """Keeps the state in the work directory, if there is one."""
+        if self.workdir is not None:
+            leaves = jax.tree.leaves(self.state())
+            self.workdir.save({str(i): leaf for i, leaf in enumerate(leaves)}, {"rows": self.rows})
+
+    def resume(self) -> bool:
+        """Takes up the state that the work directory holds; False if there is none."""
+        if self.workdir is None:
+            return False
+        leaves, structure = jax.tree.flatten(self.state())
+        shapes = {str(i): jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for i, x in enumerate(leaves)}
+        found = self.workdir.load(shapes)
+        if found is None:
+            return False
+        arrays, facts = found
+        state = jax.tree.unflatten(structure, [arrays[name] for name in shapes])
+        self.student.leaves, self.student.moments, self.best = state
+        self.rows = facts["rows"]
+        return True
+
+    def state(self) -> tuple[Any, Any, Any]:
+        """All arrays that the next step depends on, and the best so far."""
+        return self.student.leaves, self.student.moments, self.best
 
     def copy(self) -> list[Leaves]:
         """The leaves as they are now; the next step donates them."""

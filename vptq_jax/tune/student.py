@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -102,19 +103,23 @@ class Student:
             found.append(gradient)
         return kl, found[::-1]
 
-    def step(self, tokens: Int[Array, "B T"], teacher: Teacher, rate: float) -> Float[Array, ""]:
-        """One step of Adam in units of each leaf; returns the loss before it."""
-        kl, gradient = self.gradient(tokens, teacher)
+    def step(self, batches: Sequence[Int[Array, "_B _T"]], teacher: Teacher, rate: float) -> Float[Array, ""]:
+        """One step of Adam in units of each leaf, on the mean gradient of some batches; returns the loss before it."""
+        kl, gradient = self.gradient(batches[0], teacher)
+        for tokens in batches[1:]:
+            kl, gradient = _sum((kl, gradient), self.gradient(tokens, teacher))
+        if len(batches) > 1:
+            kl, gradient = _over((kl, gradient), jnp.float32(len(batches)))
         self.leaves, self.moments = _update(self.leaves, self.moments, gradient, self.units, jnp.float32(rate))
         return kl
 
-    def tuned(self, leaves: list[Leaves]) -> Decoder:
-        """The model with these leaves, norms and biases in their old dtype."""
-        new = nnx.merge(*nnx.split(self.model), copy=True)
+    def tuned(self, model: Decoder, leaves: list[Leaves]) -> Decoder:
+        """The student's model with these leaves, norms and biases in their old dtype."""
+        new = nnx.merge(*nnx.split(model), copy=True)
         *blocks, end = self.by_block(leaves)
-        for index, (block, found) in enumerate(zip(self.model.layers, blocks, strict=True)):
+        for index, (block, found) in enumerate(zip(model.layers, blocks, strict=True)):
             new.layers[index] = as_before(block, found)
-        new.norm.weight = nnx.Param(end[NORM].astype(self.model.norm.weight.dtype))
+        new.norm.weight = nnx.Param(end[NORM].astype(model.norm.weight.dtype))
         return new
 
     def _states(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T hidden"], list[Array]]:
@@ -216,6 +221,16 @@ def _end(
     kl, same, slope = divergence_of(x, target, heads, caps)
     norm_gradient, slope = back(slope)
     return kl, same, slope, norm_gradient
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _sum(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _over(tree: Any, count: Float[Array, ""]) -> Any:
+    return jax.tree.map(lambda x: x / count, tree)
 
 
 @functools.partial(jax.jit, donate_argnames=("leaves", "moments"))
