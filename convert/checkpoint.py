@@ -18,10 +18,11 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ from vptq_jax.lm.decoder import Decoder
 from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.lm.params import AbstractSource
 from vptq_jax.lm.registry import build
-from vptq_jax.lm.report import REPORT_FILES, QuantReport
+from vptq_jax.lm.report import REPORT_FILES
 from vptq_jax.nn.forms import Rounding, stored
 from vptq_jax.nn.linear import Linear, VQLinear
 from vptq_jax.problems import raise_problems
@@ -55,6 +56,13 @@ _ARRAYS, _TOKENIZER = "arrays", "tokenizer"
 Shardings = jax.sharding.Sharding | Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 
 
+class Report(Protocol):
+    """What can be written beside a model."""
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes its files into a directory."""
+
+
 def is_checkpoint(path: str | Path) -> bool:
     """Whether a directory was written by `save`."""
     return (Path(path) / MANIFEST).is_file()
@@ -66,7 +74,7 @@ def save(
     *,
     overwrite: bool = False,
     metadata: Mapping[str, Any] | None = None,
-    report: QuantReport | None = None,
+    report: Report | None = None,
 ) -> Rounding:
     """Saves a model with its config, tokenizer and generation config; all of it or nothing. The model stays as it is.
 
@@ -77,7 +85,7 @@ def save(
         path: the new directory; a link stands for the directory that it points to.
         overwrite: replace an earlier checkpoint of this library in one step (nothing else is ever replaced).
         metadata: anything that JSON can hold, returned by `read_metadata`.
-        report: of the quantization; written beside the model, with its pictures.
+        report: of the quantization or of tuning; written beside the model, with its pictures.
 
     Returns:
         What rounding did to codebooks, scales and offsets that `trainable` had made wide; a warning names those that

@@ -113,7 +113,7 @@ def test_a_directory_of_another_run_is_refused(models, tmp_path):
         run(models, tmp_path / "work")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").write_text("mine")
-    with pytest.raises(ValueError, match="holds files but no run.json"):
+    with pytest.raises(ValueError, match=r"holds files but no run\.json"):
         run(models, tmp_path / "other")
 
 

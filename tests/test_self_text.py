@@ -9,6 +9,7 @@ import pytest
 from random_models import CONFIG, random_model
 
 import vptq_jax as vq
+from vptq_jax.lm import self_text as self_text_module
 
 STARTS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 50)
 OPTIONS = {"length": 16, "start_length": 3, "batch_size": 64}
@@ -43,3 +44,33 @@ def test_bad_input():
             vq.self_text(model, 10, STARTS, **(OPTIONS | changes))
     with pytest.raises(ValueError, match=r"starts have shape \[2\]; expected at least 3 tokens"):
         vq.self_text(model, 10, STARTS[:2], **OPTIONS)
+
+
+def test_text_that_is_kept_is_not_written_again(tmp_path, monkeypatch):
+    model = random_model(dataclasses.replace(CONFIG, num_layers=1))
+    written = []
+    generate = self_text_module.generate
+
+    def counted(*arguments, **options):
+        written.append(1)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(self_text_module, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        vq.self_text(model, 64 * 16 * 3, STARTS, directory=tmp_path / "text", **OPTIONS)
+    rows = vq.self_text(model, 64 * 16 * 3, STARTS, directory=tmp_path / "text", **OPTIONS)
+    assert len(written) == 4
+    assert np.array_equal(rows, vq.self_text(model, 64 * 16 * 3, STARTS, **OPTIONS))
+    assert np.array_equal(rows[:70], vq.self_text(model, 70 * 16, STARTS, directory=tmp_path / "text", **OPTIONS))
+    assert len(written) == 7  # those without a directory
+    with pytest.raises(ValueError, match=r"started with other inputs:\n  seed: 0 then, 1 now"):
+        vq.self_text(model, 16, STARTS, directory=tmp_path / "text", seed=1, **OPTIONS)
+    file = tmp_path / "text/rows-00001.npy"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"rows-00001.npy is damaged .*delete it to have it written again"):
+        vq.self_text(model, 64 * 16 * 3, STARTS, directory=tmp_path / "text", **OPTIONS)
+    with self_text_module.TextDir(tmp_path / "text") as kept:
+        kept.remove()
+    assert not (tmp_path / "text").exists()

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from vptq_jax.cli import bench, convert, evaluate, generate, inspect, quantize, quickstart
+from vptq_jax.cli import bench, convert, evaluate, generate, inspect, quantize, quickstart, tune
 from vptq_jax.cli.terminal import printable
 
 app = typer.Typer(
@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 for _command in (
-    quickstart.quickstart, quantize.quantize, generate.generate, generate.chat,
+    quickstart.quickstart, quantize.quantize, tune.tune, generate.generate, generate.chat,
     evaluate.evaluate, convert.convert, inspect.inspect,
 ):  # fmt: skip
     app.command(name="eval" if _command is evaluate.evaluate else None)(_command)

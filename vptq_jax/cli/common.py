@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -101,6 +103,16 @@ def tokenizer_of(model: LanguageModel | StreamedModel, path: str) -> Any:
 def context_for(model: LanguageModel, context: int | None) -> int:
     """The context asked for, or the usual 2048 where the model allows it."""
     return min(2048, model.config.context_length) if context is None else context
+
+
+@contextlib.contextmanager
+def hint(text: str) -> Iterator[None]:
+    """Says how to go on after an interrupt."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        log.print(text, highlight=False)
+        raise
 
 
 def megabytes(count: int) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +71,8 @@ def run(
     if hessians is None:
         data.check_source(windows.text)
 
-    with WorkDir(workdir) as work, _hint(f"Finished layers are in {workdir}; the same command continues from there."):
+    hint = f"Finished layers are in {workdir}; the same command continues from there."
+    with WorkDir(workdir) as work, common.hint(hint):
         loaded = common.open_model(model, dtype)
         calibration = _calibration(loaded, model, hessians, save_hessians, windows, quiet=quiet)
         if done is not None and not work.started:
@@ -143,13 +142,3 @@ def _check_same(report: QuantReport, fingerprint: str, output: Path) -> None:
         )
     raise_problems(f"{output} is damaged; replace it with --overwrite", checkpoint.file_problems(output))
     common.log.print(f"{output} is the result of this command already.", highlight=False)
-
-
-@contextlib.contextmanager
-def _hint(text: str) -> Iterator[None]:
-    """Says how to go on after an interrupt."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        common.log.print(text, highlight=False)
-        raise

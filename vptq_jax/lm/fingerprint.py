@@ -75,6 +75,14 @@ def model_fingerprint(config: Mapping[str, Any], weights: Mapping[str, str]) -> 
     return json_digest([dict(config), dict(weights)])
 
 
+def decoder_fingerprint(model: Decoder) -> str:
+    """`model_fingerprint` of a decoder in memory; reads all weights once."""
+    digests = end_digests(model)
+    for index, block in enumerate(model.layers):
+        digests |= module_digests(block, f"model.layers.{index}")
+    return model_fingerprint(model.config.to_hf(), digests)
+
+
 def end_digests(model: Decoder) -> dict[str, str]:
     """`module_digests` of all that is in no block: embedding, norm, output projection, and whatever else there is."""
     names = {name: getattr(model, name) for name in vars(model) if name != "layers"}

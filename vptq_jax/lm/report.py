@@ -132,7 +132,7 @@ class QuantReport:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         pictures = dict(zip(_PICTURES, (self._draw_layers, self._draw_bits), strict=True))
-        return [_save_picture(directory / name, draw) for name, draw in pictures.items()]
+        return [save_picture(directory / name, draw) for name, draw in pictures.items()]
 
     def _stages(self) -> dict[str, str]:
         """Heading and field of the stages that any operator went through, in order; refinement by its outcome."""
@@ -168,7 +168,8 @@ def peak_memory() -> dict[str, int]:
     return peak | ({"device": max(counts)} if any(counts) else {})
 
 
-def _save_picture(path: Path, draw: Callable[[Any], None]) -> Path:
+def save_picture(path: Path, draw: Callable[[Any], None]) -> Path:
+    """Writes a PNG; `draw` gets the axes, whose vertical one is logarithmic."""
     import io
 
     need("matplotlib", "a picture of the report")

@@ -19,13 +19,14 @@ from vptq_jax.extras import progress_bar
 from vptq_jax.lm.activations import Tokens, check_batches
 from vptq_jax.lm.decoder import Decoder
 from vptq_jax.lm.divergence import check_same_vocabulary
-from vptq_jax.lm.fingerprint import end_digests, model_fingerprint, module_digests, text_digest
+from vptq_jax.lm.fingerprint import decoder_fingerprint, text_digest
 from vptq_jax.lm.language_model import LanguageModel
 from vptq_jax.meshes import as_automatic
 from vptq_jax.nn.forms import cast, trainable
 from vptq_jax.nn.placement import place
 from vptq_jax.schema import short
 from vptq_jax.tune.config import DEFAULTS, TuneConfig
+from vptq_jax.tune.history import TuneHistory
 from vptq_jax.tune.leaves import Leaves
 from vptq_jax.tune.student import Student, Teacher
 from vptq_jax.tune.tune_dir import TuneDir
@@ -37,25 +38,6 @@ _DIVERGED = 3.0  # times the first loss
 
 class TuningWarning(UserWarning):
     """A run ended before its time; what it returns is the best that it had."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TuneHistory:
-    """What happened in a run.
-
-    Attributes:
-        rows: one for every evaluation, the first before any step: `step`, `tokens` so far, `seconds` since the first
-            step began, held-out `kl` and `top1` (`divergence.Divergence`), `loss` (mean since the evaluation before;
-            None for the first) and the `learning_rate` of the last step.
-        best: the row whose leaves were returned.
-        tokens_per_second: from the second evaluation on, so that compiling does not count; 0 if there was none.
-        stopped: why the run ended before its time, or None.
-    """
-
-    rows: tuple[dict[str, Any], ...]
-    best: int
-    tokens_per_second: float
-    stopped: str | None = None
 
 
 def distill(
@@ -102,11 +84,9 @@ def distill(
             return distill(
                 student, teacher, batches, config, held_out=held_out, workdir=directory, mesh=mesh, progress=progress
             )
+    check_pair(student, teacher)
     lm = LanguageModel.of(student)
     module, master = trainable(lm.module), LanguageModel.of(teacher).module
-    check_same_vocabulary(module, master)
-    if not any(path.startswith("model.layers.") for path in module.quantized_layers()):
-        raise ValueError("the student has no quantized layer in its blocks; expected what quantize returned")
     train = list(check_batches(batches, module.config.vocab_size))
     if held_out is None:
         train, held_out = _split(train)
@@ -125,6 +105,21 @@ def distill(
         best = jax.device_put(jax.device_get(best), module.norm.weight[...].sharding)
     tuned = run.student.tuned(module, best)
     return (tuned if isinstance(student, Decoder) else dataclasses.replace(lm, module=tuned)), history
+
+
+def check_pair(student: LanguageModel | Decoder, teacher: LanguageModel | Decoder) -> None:
+    """Raises ValueError unless a model can be tuned on another one's predictions, before anything is trained."""
+    pupil, master = LanguageModel.of(student), LanguageModel.of(teacher)
+    check_same_vocabulary(pupil.module, master.module)
+    if not any(path.startswith("model.layers.") for path in pupil.module.quantized_layers()):
+        raise ValueError("the student has no quantized layer in its blocks; expected what quantize returned")
+    words: list[dict[str, int]] = [getattr(each.tokenizer, "get_vocab", dict)() for each in (pupil, master)]
+    if all(words) and words[0] != words[1]:
+        other = next(word for word in words[0] | words[1] if words[0].get(word) != words[1].get(word))
+        raise ValueError(
+            f"student and teacher have different tokenizers: {short(other)} is {words[0].get(other)} and "
+            f"{words[1].get(other)}; expected the model that it was made from"
+        )
 
 
 def _split(batches: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
@@ -153,14 +148,8 @@ def _record(
 ) -> dict[str, Any]:
     """What a run depends on."""
 
-    def fingerprint(model: Decoder) -> str:
-        digests = end_digests(model)
-        for index, block in enumerate(model.layers):
-            digests |= module_digests(block, f"model.layers.{index}")
-        return model_fingerprint(model.config.to_hf(), digests)
-
     return {
-        "student": fingerprint(module), "teacher": fingerprint(teacher), "text": text_digest(batches),
+        "student": decoder_fingerprint(module), "teacher": decoder_fingerprint(teacher), "text": text_digest(batches),
         "held_out": text_digest([held_out]), "options": dataclasses.asdict(config),
     }  # fmt: skip
 
