@@ -1,6 +1,6 @@
 """Quantize, then distil: what tuning gains, and how fast it is; one JSON line a figure.
 
-    python benchmarks/tune.py MODEL --starts calib.txt --evaluation eval.txt --spec v8-k256-256 --tokens 5000000
+    python benchmarks/tune.py MODEL --starts calib.txt --evaluation eval.txt --spec v8-k256-256 --tokens 10000000
     python benchmarks/tune.py MODEL ... --batch-size 32 --set learning_rate=0.005 remat=False
 
 The model writes the text itself, for calibration and for tuning; a part that is trained on by nobody gives KL and
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--starts", required=True, help="text whose snippets begin what the model writes")
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--spec", default="v8-k256-256")
-    parser.add_argument("--tokens", type=int, default=5_000_000)
+    parser.add_argument("--tokens", type=int, default=10_000_000)
     parser.add_argument("--calibration-tokens", type=int, default=1 << 19)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--windows", type=int, default=64)
@@ -58,7 +58,7 @@ def main() -> None:
     wanted = arguments.tokens + (64 << 9)
     rows = timed(
         "text",
-        lambda: vq.self_text(teacher, wanted, starts, batch_size=1024, seed=arguments.seed),
+        lambda: vq.self_text(teacher, wanted, starts, batch_size=2048, seed=arguments.seed),
         tokens=wanted,
     )
     held_out, rows = rows[:64], rows[64:]

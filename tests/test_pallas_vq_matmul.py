@@ -129,8 +129,8 @@ def test_packing_says_why_it_cannot():
 
 @settings(max_examples=40)
 @given(
-    outs=st.lists(st.integers(1, 3000), min_size=1, max_size=3),
-    columns=st.integers(1, 3000),
+    outs=st.lists(st.integers(1, 1500), min_size=1, max_size=3),
+    columns=st.integers(1, 1500),
     groups=st.integers(1, 3),
     rows=st.integers(1, 64),
     blocks=st.integers(1, 132),
