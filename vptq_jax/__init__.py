@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     from vptq_jax.spec import SearchOptions as SearchOptions
     from vptq_jax.spec import VQSpec as VQSpec
     from vptq_jax.tune.config import TuneConfig as TuneConfig
-    from vptq_jax.tune.distill import TuneHistory as TuneHistory
     from vptq_jax.tune.distill import distill as distill
+    from vptq_jax.tune.history import TuneHistory as TuneHistory
 
 _HOME = {
     "Decoder": "lm.decoder",
@@ -82,7 +82,7 @@ _HOME = {
     "SearchOptions": "spec",
     "StreamedModel": "lm.streamed",
     "TuneConfig": "tune.config",
-    "TuneHistory": "tune.distill",
+    "TuneHistory": "tune.history",
     "VQArray": "array",
     "VQLinear": "nn.linear",
     "VQParam": "nn.linear",
