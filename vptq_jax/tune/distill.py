@@ -59,7 +59,7 @@ def distill(
     Args:
         student: with quantized layers, packed or not; stays as it is.
         teacher: such as the model that the student was made from; stays as it is.
-        batches: token ids [B, T] each, `config.accumulate` of them a step; best of the teacher's own text (`self_text`).
+        batches: token ids [B, T] each, `accumulate` of them a step; best of the teacher's own text (`self_text`).
         config: the options.
         held_out: rows [n, T] to score; None takes them from the last batches, which then are not trained on: a
             sixteenth of all rows, 64 at most.
