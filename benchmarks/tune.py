@@ -1,7 +1,7 @@
 """Quantize, then distil: what tuning gains, and how fast it is; one JSON line a figure.
 
     python benchmarks/tune.py MODEL --starts calib.txt --evaluation eval.txt --spec v8-k256-256 --tokens 10000000
-    python benchmarks/tune.py MODEL ... --batch-size 32 --set learning_rate=0.005 remat=False
+    python benchmarks/tune.py MODEL ... --batch-size 32 --set learning_rate=0.005 accumulate=2
 
 The model writes the text itself, for calibration and for tuning; a part that is trained on by nobody gives KL and
 agreement. Perplexity: windows of 1024 of the evaluation text.

@@ -30,7 +30,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from vptq_jax.array import VQArray
-from vptq_jax.array_files import changed_files, checksums, json_crc, read_arrays, write_arrays
+from vptq_jax.array_files import changed_files, checksums, crc_holds, read_arrays, with_crc, write_arrays
 from vptq_jax.convert.source import FLOATS
 from vptq_jax.convert.tokenizer import load_tokenizer, save_tokenizer
 from vptq_jax.files import Kind, new_directory
@@ -109,7 +109,7 @@ def save(
             report.save(temporary)
         manifest = _manifest(module, arrays) | {"generation_config": lm.generation_config}
         manifest |= {"metadata": json.loads(text), "files": checksums(temporary)}
-        (temporary / MANIFEST).write_text(json.dumps(manifest | {"crc": json_crc(manifest)}, indent=1))
+        (temporary / MANIFEST).write_text(json.dumps(with_crc(manifest), indent=1))
     if rounding.wide:
         named = short(", ".join(rounding.wide))
         warnings.warn(f"saved in a wide dtype, since they do not fit their narrow one: {named}", stacklevel=2)
@@ -294,7 +294,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"this version reads up to {FORMAT_VERSION}. Upgrade vptq_jax"
         )
     # Manifests of 0.1.0 and before have no checksum of their own.
-    if "crc" in manifest and manifest["crc"] != json_crc({k: v for k, v in manifest.items() if k != "crc"}):
+    if "crc" in manifest and not crc_holds(manifest):
         raise ValueError(f"{path / MANIFEST} has changed since it was saved (its CRC-32 differs)")
     for key in ("config", "layers", "metadata"):
         fields.object(key, REQUIRED)

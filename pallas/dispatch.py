@@ -36,10 +36,14 @@ def default_device() -> Any:
 
 def target_of(device: Any) -> str | None:
     """The target of `TARGETS` that a device is, or None."""
+    return next((target for target, number in TARGETS.items() if number == _generation(device)), None)
+
+
+def _generation(device: Any) -> str | None:
+    """The first number of a GPU's compute capability (a name on AMD's), or None where the device is no GPU."""
     if device.platform not in ("gpu", "cuda"):
         return None
-    major = str(getattr(device, "compute_capability", "0.0")).split(".")[0]
-    return next((target for target, number in TARGETS.items() if number == major), None)
+    return str(getattr(device, "compute_capability", "0.0")).partition(".")[0]
 
 
 def why_no_mosaic(devices: tuple[Any, ...] | None = None) -> str | None:
@@ -55,11 +59,9 @@ def why_no_mosaic(devices: tuple[Any, ...] | None = None) -> str | None:
 
 def has_fused_attention(dtype: Any, head_dim: int) -> bool:
     """Whether the default device has cuDNN's fused attention, forward and backward, for heads of this kind."""
-    device = default_device()
-    if device.platform not in ("gpu", "cuda") or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        return False
-    generation = str(getattr(device, "compute_capability", "")).partition(".")[0]  # no number on AMD's
-    return generation.isdigit() and int(generation) >= 8 and head_dim % 8 == 0 and head_dim <= 128
+    generation = _generation(default_device()) or ""
+    fits = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+    return fits and generation.isdigit() and int(generation) >= 8
 
 
 @functools.cache

@@ -95,6 +95,13 @@ def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def command_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts back afterwards what a command that runs in this process sets."""
+    for hook in ("warnings.showwarning", "sys.excepthook", "sys.unraisablehook", "threading.excepthook"):
+        monkeypatch.setattr(hook, None)
+
+
+@pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A device that runs kernels, the oracle in their place; collects how many weights each launch had."""
     from vptq_jax.pallas import dispatch

@@ -35,10 +35,8 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture
-def run(capsys, monkeypatch) -> Run:
+def run(capsys, monkeypatch, command_hooks) -> Run:
     """Runs a command in this process."""
-    for hook in ("warnings.showwarning", "sys.excepthook", "sys.unraisablehook", "threading.excepthook"):
-        monkeypatch.setattr(hook, None)  # The command sets it: put it back afterwards.
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: object) -> Outcome:

@@ -21,10 +21,8 @@ QUICK = ("--spec", "v4-k16", "--samples", "4", "--length", "16", "--rounds", "1"
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tiny_hf):
+def run(capsys, command_hooks, tiny_hf):
     """Quantizes the tiny model in this process; gives exit status and what it said."""
-    for hook in ("warnings.showwarning", "sys.excepthook", "sys.unraisablehook", "threading.excepthook"):
-        monkeypatch.setattr(hook, None)  # The command sets it: put it back afterwards.
 
     def run(*arguments, model=tiny_hf):
         with pytest.raises(SystemExit) as stop:

@@ -29,10 +29,7 @@ def quantized(tiny_hf, tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tiny_hf, quantized, tmp_path):
-    for hook in ("warnings.showwarning", "sys.excepthook", "sys.unraisablehook", "threading.excepthook"):
-        monkeypatch.setattr(hook, None)  # The command sets it: put it back afterwards.
-
+def run(capsys, command_hooks, tiny_hf, quantized, tmp_path):
     def run(*arguments, model=quantized, teacher=tiny_hf):
         given = ("tune", model, "--teacher", teacher, "--out", tmp_path / "tuned", *QUICK, *arguments)
         with pytest.raises(SystemExit) as stop:

@@ -4,9 +4,9 @@ import dataclasses
 import json
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from random_models import CONFIG, assert_same_bits, random_model
+from random_models import assert_same_bits, random_model
+from test_distill import BATCHES, HELD_OUT, ONE_BLOCK, pair
 from test_meshes import on_eight_devices
 
 import vptq_jax as vq
@@ -14,16 +14,12 @@ from vptq_jax.tune import tune_dir
 from vptq_jax.tune.student import Student
 from vptq_jax.tune.tune_dir import TuneDir
 
-ONE_BLOCK = dataclasses.replace(CONFIG, num_layers=1)
-ROWS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (36, 9)).astype(np.int32)
-BATCHES = [ROWS[at : at + 4] for at in range(0, 32, 4)]
-HELD_OUT = ROWS[32:]
 TUNE = vq.TuneConfig(tokens=36 * 12, dtype="float32", evaluations=3, learning_rate=0.02)
 
 
 @pytest.fixture(scope="module")
 def models():
-    return random_model(ONE_BLOCK, specs=(None,)), random_model(ONE_BLOCK, specs=("v6-k16-4",))
+    return pair("v6-k16-4")
 
 
 def run(models, workdir=None, config=TUNE, batches=BATCHES, **options):

@@ -119,8 +119,17 @@ def changed_files(directory: Path, sums: Mapping[str, Sequence[int]], *, verify:
             yield f"{short(name)} has changed since it was saved (its CRC-32 differs)"
 
 
-def json_crc(values: Mapping[str, Any]) -> int:
-    """CRC-32 of JSON values, whatever the order of keys and the space between them."""
+def with_crc(record: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values, and under `crc` their CRC-32, whatever the order of keys and the space between them."""
+    return {**record, "crc": _json_crc(record)}
+
+
+def crc_holds(record: Mapping[str, Any]) -> bool:
+    """Whether a record is what `with_crc` made."""
+    return record.get("crc") == _json_crc({key: value for key, value in record.items() if key != "crc"})
+
+
+def _json_crc(values: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -103,6 +104,11 @@ def tokenizer_of(model: LanguageModel | StreamedModel, path: str) -> Any:
 def context_for(model: LanguageModel, context: int | None) -> int:
     """The context asked for, or the usual 2048 where the model allows it."""
     return min(2048, model.config.context_length) if context is None else context
+
+
+def workdir_of(output: Path) -> Path:
+    """The work directory of a command that is given none."""
+    return output.with_name(f"{output.name}.partial")
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ def quantize(
         windows=Windows(text, samples, length, batch_size),
         hessians=hessians,
         save_hessians=save_hessians,
-        workdir=workdir or output.with_name(f"{output.name}.partial"),
+        workdir=workdir or common.workdir_of(output),
         dtype=dtype,
         overwrite=overwrite,
         quiet=json,

@@ -60,7 +60,7 @@ def tune(
         out,
         tuning,
         text=Text(text, length, batch_size, seed),
-        workdir=workdir or out.with_name(f"{out.name}.partial"),
+        workdir=workdir or common.workdir_of(out),
         overwrite=overwrite,
         quiet=json,
     )

@@ -16,14 +16,13 @@ from vptq_jax.lm import data
 from vptq_jax.lm.self_text import TextDir, self_text
 from vptq_jax.nn.forms import cast
 from vptq_jax.tune.config import TuneConfig
-from vptq_jax.tune.distill import check_pair, distill
+from vptq_jax.tune.distill import HELD_OUT, check_pair, distill, held_out_rows
 from vptq_jax.tune.history import TuneHistory
 from vptq_jax.tune.tune_dir import TuneDir
 
 if TYPE_CHECKING:
     from vptq_jax.lm.language_model import LanguageModel
 
-_HELD_OUT = 64  # rows at most
 _WRITTEN_TOGETHER = 256  # rows; of fewer, all
 
 
@@ -77,8 +76,7 @@ def run(
     hint = f"Text and progress are in {workdir}; the same command continues from there."
     with common.hint(hint), TuneDir(workdir / "run") as work:
         rows = _rows(master, teacher, text, config, workdir / "text", quiet=quiet)
-        # Of a sixteenth at most: what is held out is not trained on.
-        count = min(_HELD_OUT, max(1, len(rows) // 16))
+        count = held_out_rows(len(rows))
         batches = data.batches(rows[count:], text.batch_size)
         tuned, history = distill(
             student, master, batches, config, held_out=rows[:count], workdir=work, progress=not quiet
@@ -103,11 +101,11 @@ def _rows(
     tokens = data.tokenize(common.tokenizer_of(master, name), data.load_text(text.real, "calibration"))
     if not text.written:
         rows = data.windows(tokens, text.length, first=master.config.first_token)
-        needed = min(len(rows), -(-config.tokens // text.length) + _HELD_OUT)
+        needed = min(len(rows), -(-config.tokens // text.length) + HELD_OUT)
         common.log.print(f"Tuning on {needed} rows of {text.length} tokens from {text.source}", highlight=False)
         return rows[:needed]
     needed = -(-config.tokens // text.length)
-    needed += min(_HELD_OUT, max(1, needed // 15))
+    needed += min(HELD_OUT, max(1, needed // 15))  # of which `held_out_rows` are not trained on
     together = min(_WRITTEN_TOGETHER, needed)
     common.log.print(f"{name} writes {needed} rows of {text.length} tokens to tune on", highlight=False)
     writer = dataclasses.replace(master, module=cast(master.module, config.dtype))

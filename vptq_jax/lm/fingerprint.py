@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt
 
-from vptq_jax.lm.decoder import Decoder
+from vptq_jax.lm.decoder import Block, Decoder
 from vptq_jax.nn.linear import VQLinear
 
 
@@ -75,10 +75,15 @@ def model_fingerprint(config: Mapping[str, Any], weights: Mapping[str, str]) -> 
     return json_digest([dict(config), dict(weights)])
 
 
-def decoder_fingerprint(model: Decoder) -> str:
-    """`model_fingerprint` of a decoder in memory; reads all weights once."""
+def decoder_fingerprint(model: Decoder, blocks: Iterable[Block] | None = None) -> str:
+    """`model_fingerprint` of a decoder; reads all weights once.
+
+    Args:
+        model: in memory, or a shell without its blocks.
+        blocks: those of a shell, read as they are needed.
+    """
     digests = end_digests(model)
-    for index, block in enumerate(model.layers):
+    for index, block in enumerate(model.layers if blocks is None else blocks):
         digests |= module_digests(block, f"model.layers.{index}")
     return model_fingerprint(model.config.to_hf(), digests)
 

@@ -13,6 +13,7 @@ from vptq_jax.lm.activations import Activations, Tokens, check_batches, hessian_
 from vptq_jax.lm.decoder import Block, Decoder
 from vptq_jax.lm.fingerprint import (
     bytes_digest,
+    decoder_fingerprint,
     end_digests,
     joined_digest,
     model_fingerprint,
@@ -113,11 +114,9 @@ def check_origin(
     if isinstance(model, LanguageModel):
         model = model.module
     shell = model.shell() if isinstance(model, StreamedModel) else model
-    digests = end_digests(shell)
-    for layer in range(len(shell.layers)):
-        digests |= module_digests(_block(model, layer), f"model.layers.{layer}")
+    fingerprint = decoder_fingerprint(shell, (_block(model, layer) for layer in range(len(shell.layers))))
     for what, found, expected in (
-        ("the model", hessians.fingerprint, model_fingerprint(shell.config.to_hf(), digests)),
+        ("the model", hessians.fingerprint, fingerprint),
         ("the calibration text", hessians.text, text_digest(check_batches(batches, shell.config.vocab_size))),
     ):
         if found != expected:

@@ -31,7 +31,7 @@ class RunDirectory:
 
     Attributes:
         format: of what is written here, changed when older ones can no longer be continued.
-        leftover: names of what `write_atomic` leaves here when it is killed.
+        suffixes: of the files that `write_atomic` writes here, and may leave a part of when it is killed.
 
     Raises:
         ValueError: another run is at work there, it holds files of other origin, or its `run.json` is damaged.
@@ -39,15 +39,16 @@ class RunDirectory:
     """
 
     format = ""
-    leftover = re.compile(r"\..+\.json\.[0-9a-f]{8}\.tmp")
+    suffixes: tuple[str, ...] = ("json",)
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = final_path(directory)
         check_writable(self.directory)
         self._made = not self.directory.exists()
         self.directory.mkdir(parents=True, exist_ok=True)
+        leftover = re.compile(rf"\..+\.({'|'.join(self.suffixes)})\.[0-9a-f]{{8}}\.tmp")
         names = {entry.name for entry in self.directory.iterdir()}
-        if RUN_FILE not in names and not all(name == _LOCK or self.leftover.fullmatch(name) for name in names):
+        if RUN_FILE not in names and not all(name == _LOCK or leftover.fullmatch(name) for name in names):
             raise ValueError(f"{self.directory} holds files but no {RUN_FILE}; choose an empty or new work directory")
         self._lock = _take_lock(self.directory)
         self._stored: dict[str, Any] | None = None
@@ -58,7 +59,7 @@ class RunDirectory:
                 self.close()
                 raise
         for name in names:
-            if self.leftover.fullmatch(name):
+            if leftover.fullmatch(name):
                 (self.directory / name).unlink(missing_ok=True)
 
     def __enter__(self) -> Self:

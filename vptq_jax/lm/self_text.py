@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +105,7 @@ class TextDir(RunDirectory):
     """A directory of text that a model wrote: a file `rows-00000.npy` for every batch; see `RunDirectory`."""
 
     format = "self-text-1"
-    leftover = re.compile(r"\..+\.(npy|json)\.[0-9a-f]{8}\.tmp")
+    suffixes = ("npy", "json")
 
     def save(self, part: int, rows: Int[np.ndarray, "n length"]) -> None:
         """Writes a batch at once, or not at all."""

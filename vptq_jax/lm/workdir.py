@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ class WorkDir(RunDirectory):
     """The directory of a quantization run; see `RunDirectory`."""
 
     format = "quantization-3"
-    leftover = re.compile(r"\..+\.(safetensors|json)\.[0-9a-f]{8}\.tmp")
+    suffixes = ("safetensors", "json")
 
     def bind(self, run: Mapping[str, Any]) -> None:
         """See `RunDirectory.bind`."""

@@ -31,7 +31,8 @@ from vptq_jax.tune.leaves import Leaves
 from vptq_jax.tune.student import Student, Teacher
 from vptq_jax.tune.tune_dir import TuneDir
 
-_HELD_OUT = 64  # rows at most
+HELD_OUT = 64
+"""Rows that are held out, at most."""
 _CHECKED = 10  # steps between looks at the loss, for which the host waits
 _DIVERGED = 3.0  # times the first loss
 
@@ -122,10 +123,15 @@ def check_pair(student: LanguageModel | Decoder, teacher: LanguageModel | Decode
         )
 
 
+def held_out_rows(rows: int) -> int:
+    """How many of some rows are not trained on: a sixteenth, `HELD_OUT` at most."""
+    return min(HELD_OUT, max(1, rows // 16))
+
+
 def _split(batches: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
     """Batches to train on, and the last rows, which are not."""
     rows = sum(map(len, batches))
-    wanted = min(_HELD_OUT, max(1, rows // 16))
+    wanted = held_out_rows(rows)
     kept = list(batches)
     parts: list[np.ndarray] = []
     while kept and sum(map(len, parts)) < wanted:
@@ -147,7 +153,6 @@ def _record(
     module: Decoder, teacher: Decoder, batches: list[np.ndarray], held_out: np.ndarray, config: TuneConfig
 ) -> dict[str, Any]:
     """What a run depends on."""
-
     return {
         "student": decoder_fingerprint(module), "teacher": decoder_fingerprint(teacher), "text": text_digest(batches),
         "held_out": text_digest([held_out]), "options": dataclasses.asdict(config),

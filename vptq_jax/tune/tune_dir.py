@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from vptq_jax.array_files import changed_files, checksums, json_crc, read_arrays, write_arrays
+from vptq_jax.array_files import changed_files, checksums, crc_holds, read_arrays, with_crc, write_arrays
 from vptq_jax.files import Kind, held_interrupt, new_directory, sweep
 from vptq_jax.json_files import read_json
 from vptq_jax.lm.run_directory import RunDirectory
@@ -43,7 +43,7 @@ class TuneDir(RunDirectory):
         with new_directory(self.directory / _STATE, kind=_KIND, overwrite=True) as temporary:
             write_arrays(temporary / _ARRAYS, arrays)
             record = {"facts": dict(facts), "files": checksums(temporary)}
-            (temporary / _FACTS).write_text(json.dumps(record | {"crc": json_crc(record)}))
+            (temporary / _FACTS).write_text(json.dumps(with_crc(record)))
 
     def load(self, abstract: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict[str, Array], dict[str, Any]] | None:
         """Arrays of these shapes and the facts as they were saved last, or None before the first time.
@@ -78,7 +78,7 @@ class TuneDir(RunDirectory):
 
 def _record(place: Path) -> dict[str, Any]:
     record = read_json(place / _FACTS)
-    if record.get("crc") != json_crc({key: value for key, value in record.items() if key != "crc"}):
+    if not crc_holds(record):
         raise ValueError(f"{place / _FACTS} has changed since it was saved (its CRC-32 differs)")
     return record
 
